@@ -1,0 +1,116 @@
+"""Turns chat rows into token ids and says which of them are supervised: the assistant's text and its stop token.
+The prompt that is trained on is the prompt that is served, id by id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+from data.records import BadRow, Dropped, Row, thought_and_answer
+
+STOP_TOKEN = "<|im_end|>"
+OPEN_BLOCK = "<think>\n"
+CLOSED_BLOCK = "<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to train on. `supervised[i]` says that `ids[i]` is a target of the loss."""
+
+    row: Row
+    ids: list[int]
+    supervised: list[bool]
+
+
+class ChatFormat:
+    """Renders rows as the tokenizer's own chat template would be rendered by a server.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with a chat template.
+        think: `strip` renders with thinking off, `keep` with thinking on where the row has a thought.
+
+    Raises:
+        ValueError: the tokenizer has no chat template or no `<|im_end|>`.
+    """
+
+    def __init__(self, tokenizer: Any, think: str) -> None:
+        name = tokenizer.name_or_path
+        if not tokenizer.chat_template:
+            raise ValueError(f"{name}: the tokenizer has no chat template. Use an instruction-tuned (chat) model")
+        if STOP_TOKEN not in tokenizer.get_vocab():
+            raise ValueError(f"{name}: the tokenizer has no {STOP_TOKEN}. Only ChatML models (Qwen, SmolLM2) are supported")
+        self.tokenizer = tokenizer
+        self.think = think
+        self.stop_id: int = tokenizer.convert_tokens_to_ids(STOP_TOKEN)
+        # tags such as <think> are added tokens too, but not special: they may stand in a text
+        self.control_tokens = tuple(token for token in tokenizer.all_special_tokens if token)
+
+    def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> str:
+        """The text a server sends for these messages, up to where the model starts to write.
+
+        Without thinking, a block that the template leaves open all the same (Qwen3-4B-Thinking-2507 knows no
+        switch) is closed, empty: it belongs to the prompt, here as in review and in the exported template.
+        """
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        if not thinking and text.rstrip().endswith("<think>"):
+            text = text[: text.rindex("<think>")] + CLOSED_BLOCK
+        return text
+
+    def examples(self, rows: Sequence[Row]) -> list[list[Example] | Dropped]:
+        """Tokenizes rows together (the tokenizer runs over its batch in parallel), one entry a row, in order.
+
+        Every assistant turn is supervised. Turns share one example as long as the prompt of the next turn
+        repeats, id by id, what was written so far. Where the template renders a turn in history otherwise than as
+        the last turn (Qwen drops the think block), the turn gets an example of its own.
+        """
+        texts: list[str] = []
+        outcomes: list[Dropped | None] = []
+        for row in rows:
+            try:
+                texts += self.turn_texts(row)
+                outcomes.append(None)
+            except BadRow as bad:
+                outcomes.append(Dropped(row.line, row.source, bad.reason, bad.detail, bad=True))
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = iter([encoding.ids for encoding in encodings])
+        return [
+            outcome or self.join_turns(row, [(next(encoded), next(encoded)) for _ in row.turns])
+            for row, outcome in zip(rows, outcomes)
+        ]
+
+    def turn_texts(self, row: Row) -> list[str]:
+        """Prompt and written text of every turn: prompt 1, text 1, prompt 2, text 2, ..."""
+        self.check_no_control_tokens(row)
+        texts = []
+        answers_at = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+        for turn, index in zip(row.turns, answers_at):
+            thinking = turn.thought is not None
+            try:
+                prompt = self.prompt(row.messages[:index], thinking)
+            except Exception as error:  # whatever a template raises: jinja's errors share no narrower base with TypeError
+                raise BadRow("refused by the chat template", str(error)) from None
+            written = turn.answer if turn.thought is None else thought_and_answer(turn.thought, turn.answer)
+            # the prompt may have opened the thought already
+            texts += [prompt, written.removeprefix(OPEN_BLOCK) if prompt.endswith(OPEN_BLOCK) else written]
+        return texts
+
+    def check_no_control_tokens(self, row: Row) -> None:
+        for index, message in enumerate(row.messages):
+            for token in self.control_tokens:
+                if token in message["content"]:
+                    raise BadRow("control token in text", f"messages[{index}].content holds {token}, which would end the turn")
+
+    def join_turns(self, row: Row, turns: list[tuple[list[int], list[int]]]) -> list[Example]:
+        examples: list[Example] = []
+        for prompt, written in turns:
+            so_far = examples[-1] if examples else None
+            if so_far and prompt[: len(so_far.ids)] == so_far.ids:
+                examples.pop()
+                supervised = so_far.supervised + [False] * (len(prompt) - len(so_far.ids))
+            else:
+                supervised = [False] * len(prompt)
+            written = written + [self.stop_id]
+            examples.append(Example(row, prompt + written, supervised + [True] * len(written)))
+        return examples

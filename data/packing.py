@@ -1,0 +1,82 @@
+"""Pure: lengths of the rows of one optimizer step -> which microbatch of which rank holds each.
+Which rows share a microbatch never changes the step's gradient, only its speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from typing import Sequence
+
+ROUND_TO = 128  # microbatch lengths are multiples of this: few distinct shapes, whole tiles in every matmul
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Where each example of one optimizer step goes.
+
+    `microbatches[replica][m]` lists indices into the step's examples. All microbatches are `length` tokens long, the
+    rest of each is padding.
+    """
+
+    length: int
+    microbatches: list[list[list[int]]]
+
+
+def plan_step(groups: Sequence[Sequence[int]], num_replicas: int, microbatch_tokens: int) -> StepPlan:
+    """Deals rows over replicas evenly by tokens, then packs each replica's examples into balanced microbatches.
+
+    Args:
+        groups: for each row of the step the lengths of its examples; examples are numbered through the groups.
+        num_replicas: data-parallel replicas.
+        microbatch_tokens: the most tokens a microbatch may hold; rounded up to 128 it bounds the plan's length.
+    """
+    lengths = [length for group in groups for length in group]
+    first = [sum(len(group) for group in groups[:g]) for g in range(len(groups))]
+    dealt = balance([sum(group) for group in groups], num_replicas)
+    microbatches = []
+    for rows in dealt:
+        examples = [first[g] + i for g in rows for i in range(len(groups[g]))]
+        bins = fewest_bins([lengths[e] for e in examples], microbatch_tokens)
+        microbatches.append([sorted(examples[i] for i in members) for members in bins])
+    fullest = max(sum(lengths[e] for e in members) for replica in microbatches for members in replica)
+    return StepPlan(-(-fullest // ROUND_TO) * ROUND_TO, microbatches)
+
+
+def balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Longest first, each into the emptiest bin (Graham 1969): at most 4/3 of the best possible fullest bin."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    totals = [0] * num_bins
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        emptiest = totals.index(min(totals))
+        bins[emptiest].append(index)
+        totals[emptiest] += sizes[index]
+    return bins
+
+
+def fewest_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """The fewest bins of `capacity` found, filled as evenly as possible; none for no sizes."""
+    assert all(size <= capacity for size in sizes), "an example is longer than a microbatch"
+    for num_bins in count(-(-sum(sizes) // capacity)):
+        bins = balance(sizes, num_bins)
+        if max((sum(sizes[i] for i in members) for members in bins), default=0) <= capacity:
+            return bins
+        bins = best_fit(sizes, capacity)
+        if len(bins) <= num_bins:
+            return bins
+    raise AssertionError("unreachable: one bin a row always fits")
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Longest first, each into the fullest bin that still takes it: fewer bins than `balance`, less even."""
+    bins: list[list[int]] = []
+    totals: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fitting = [b for b, total in enumerate(totals) if total + sizes[index] <= capacity]
+        if fitting:
+            best = max(fitting, key=lambda b: totals[b])
+            bins[best].append(index)
+            totals[best] += sizes[index]
+        else:
+            bins.append([index])
+            totals.append(sizes[index])
+    return bins

@@ -1,0 +1,188 @@
+"""Reads chat rows from JSONL and says exactly what is wrong with the ones that cannot be trained on.
+One row is in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows are trained on, and what happens to those that do not fit."""
+
+    train: str  # JSONL file of training rows
+    eval: str  # JSONL file of held-out rows
+    sources: tuple[str, ...]  # rows with another metadata.source are dropped and counted
+    think: Literal["strip", "keep"] = "strip"  # <think> blocks of answers: removed, or supervised with the answer
+    max_tokens: int = 8192  # longest example, prompt and answer together
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    bad_rows: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2:
+            raise ValueError(f"data.max_tokens is {self.max_tokens}, expected at least 2")
+        if not self.sources:
+            raise ValueError("data.sources is empty: name at least one metadata.source, such as [textbook]")
+
+
+class Turn(NamedTuple):
+    """One assistant answer, its thought apart."""
+
+    thought: str | None  # None where the row has no <think> block, or where blocks are stripped
+    answer: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One chat row: what the other roles said as it stands, and every assistant turn parsed."""
+
+    line: int  # from 1, in its file
+    source: str
+    messages: tuple[dict[str, str], ...]  # role and content; assistant contents in canonical form
+    turns: tuple[Turn, ...]  # one for each assistant message, in order
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is not trained on, and why."""
+
+    line: int
+    source: str  # "(unknown)" where the row could not be read so far
+    reason: str  # a short phrase, the same for all rows of its kind
+    detail: str  # what was found in this row
+    bad: bool  # False: left out as configured (another source); True: the row is broken
+
+
+class BadRow(Exception):
+    """Raised while one row is read; becomes a `Dropped`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+ROLES = ("system", "user", "assistant")
+THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+
+
+def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterator[Row | Dropped]:
+    """Reads a JSONL file row by row; blank lines are passed over, but counted as lines.
+
+    Raises:
+        ValueError: the file is missing, is a directory, or may not be read.
+    """
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}. Expected a JSONL file of chat rows, one row a line") from None
+    with file:
+        for line, raw in enumerate(file, start=1):
+            if raw.isspace():
+                continue
+            source = "(unknown)"
+            try:
+                record = parse_json(raw, first=line == 1)
+                source = read_source(record)
+                if source in sources:
+                    yield read_row(record, line, source, think)
+                else:
+                    yield Dropped(line, source, "source not in data.sources", f"metadata.source is {source!r}", bad=False)
+            except BadRow as bad:
+                yield Dropped(line, source, bad.reason, bad.detail, bad=True)
+
+
+def parse_json(raw: bytes, first: bool) -> dict:
+    """Decodes one line; a byte order mark at the head of the file is passed over."""
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8", f"byte 0x{raw[error.start]:02x} at position {error.start}") from None
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRow("not JSON", str(error)) from None
+    if not isinstance(record, dict):
+        raise BadRow("not a JSON object", f"found {type(record).__name__}")
+    return record
+
+
+def read_source(record: dict) -> str:
+    metadata = record.get("metadata")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("source"), str):
+        raise BadRow("metadata.source missing", f"metadata is {str(metadata)[:80]}")
+    return metadata["source"]
+
+
+def read_row(record: dict, line: int, source: str, think: str) -> Row:
+    """Checks the roles, parses every answer, and puts assistant contents into canonical form."""
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("messages missing", f"expected a non-empty list, found {str(messages)[:80]}")
+    for index, message in enumerate(messages):
+        check_message(index, message)
+    check_order([message["role"] for message in messages])
+
+    canonical, turns = [], []
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] == "assistant":
+            turn = parse_answer(content, think, index)
+            turns.append(turn)
+            content = turn.answer if turn.thought is None else thought_and_answer(turn.thought, turn.answer)
+        canonical.append({"role": message["role"], "content": content})
+    return Row(line, source, tuple(canonical), tuple(turns))
+
+
+def check_message(index: int, message: object) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRow("message without a role", f"messages[{index}] is {str(message)[:80]}")
+    if message["role"] not in ROLES:
+        raise BadRow("unknown role", f"messages[{index}].role is {message['role']!r}, expected one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise BadRow("message without text", f"messages[{index}].content is {str(content)[:80]}, expected a string")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer can read
+        raise BadRow("not UTF-8", f"messages[{index}].content holds an unpaired surrogate") from None
+
+
+def check_order(roles: list[str]) -> None:
+    """Optional system first, then user and assistant in turn, the last one assistant."""
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or turns != expected:
+        raise BadRow("roles out of order", f"found {' '.join(roles)}; expected [system] user assistant [user assistant ...]")
+
+
+def parse_answer(content: str, think: str, index: int) -> Turn:
+    """Takes the <think> block out of an answer.
+
+    Raises:
+        BadRow: a stray or unclosed tag, an empty answer, or (`keep`) a thought that does not open the answer.
+    """
+    where = f"messages[{index}]"
+    answer = THINK_BLOCK.sub("", content)
+    blocks = THINK_BLOCK.findall(content)
+    # what a block holds is checked too: a nested <think> ends with the first </think>
+    if "<think>" in answer or any("<think>" in block for block in blocks):
+        raise BadRow("unclosed <think>", f"{where} opens a <think> that is not closed before the next one or the end")
+    if "</think>" in answer:
+        raise BadRow("stray </think>", f"{where} closes a <think> that was never opened")
+    if not answer.strip():
+        raise BadRow("empty answer", f"{where} has no text" + (" outside its <think> block" if blocks else ""))
+    if think == "strip" or not blocks:
+        return Turn(None, answer.strip())
+    if len(blocks) > 1 or not content.lstrip().startswith("<think>"):
+        raise BadRow("misplaced <think>", f"{where}: under think: keep one <think> block is expected, at the head of the answer")
+    thought = blocks[0].strip()
+    return Turn(thought or None, answer.strip())  # an empty block is no thought: it is never supervised
+
+
+def thought_and_answer(thought: str, answer: str) -> str:
+    """The form in which Qwen's templates write, and its models generate, a thought and its answer."""
+    return f"<think>\n{thought}\n</think>\n\n{answer}"

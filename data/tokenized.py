@@ -1,0 +1,245 @@
+"""Rows of one split as flat token arrays, tokenized once and cached under a hash of all that decides them.
+Costs 5 bytes a token in memory; while it is made, 512 rows of text on top."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data.chat import ChatFormat, Example
+from data.records import DataConfig, Dropped, Row, read_rows
+
+FORMAT = 1  # raise it when ids or masks of the same rows change, so that old caches are not read
+ROWS_AT_ONCE = 512
+MAX_ERRORS_SHOWN = 5
+
+
+@dataclass
+class SourceCounts:
+    """What became of the rows of one source."""
+
+    rows: int = 0  # rows read
+    kept: int = 0  # rows trained on
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    examples: int = 0  # sequences made of the kept rows
+    truncated: int = 0  # examples cut at max_tokens
+    tokens: int = 0
+    supervised_tokens: int = 0
+    with_thought: int = 0  # kept rows with a supervised thought
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+
+@dataclass
+class TokenizedRows:
+    """All examples of one split, end to end. E examples, N tokens.
+
+    Examples of one row stand together and share its `lines` entry.
+    """
+
+    path: str
+    ids_N: Tensor  # int32
+    supervised_N: Tensor  # uint8
+    starts_E1: Tensor  # int64: example e is ids_N[starts_E1[e] : starts_E1[e + 1]]
+    lines_E: Tensor  # int32, from 1, in `path`
+    sources_E: Tensor  # int32 index into `sources`
+    sources: list[str]
+    counts: dict[str, SourceCounts]
+
+    def __len__(self) -> int:
+        return len(self.lines_E)
+
+    @property
+    def lengths_E(self) -> Tensor:
+        return self.starts_E1.diff()
+
+    def example(self, index: int) -> tuple[Tensor, Tensor]:
+        """Ids and supervised flags of one example."""
+        span = slice(int(self.starts_E1[index]), int(self.starts_E1[index + 1]))
+        return self.ids_N[span], self.supervised_N[span]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors, to be saved or sent; `from_tensors` is the inverse."""
+        meta = {"path": self.path, "sources": self.sources, "counts": {k: asdict(v) for k, v in self.counts.items()}}
+        return {
+            "ids": self.ids_N,
+            "supervised": self.supervised_N,
+            "starts": self.starts_E1,
+            "lines": self.lines_E,
+            "sources": self.sources_E,
+            "meta": torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenizedRows:
+        meta = json.loads(bytes(tensors["meta"].tolist()))
+        counts = {name: SourceCounts(**counts) for name, counts in meta["counts"].items()}
+        flat = (tensors[name] for name in ("ids", "supervised", "starts", "lines", "sources"))
+        return cls(meta["path"], *flat, sources=meta["sources"], counts=counts)
+
+
+def load_rows(path: str, tokenizer: Any, config: DataConfig, cache_dir: Path | None) -> TokenizedRows:
+    """Tokenizes a JSONL file, or reads what an earlier run made of the same file with the same settings.
+
+    Raises:
+        ValueError: what `tokenize` raises.
+    """
+    if cache_dir is None:
+        return tokenize(path, tokenizer, config)
+    split = Path(path).stem
+    cached = cache_dir / f"{split}-{fingerprint(path, tokenizer, config)}.safetensors"
+    try:
+        return TokenizedRows.from_tensors(load_file(cached))
+    except (FileNotFoundError, SafetensorError, KeyError):
+        pass  # not made yet, or cut short: made again
+    rows = tokenize(path, tokenizer, config)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    for outdated in cache_dir.glob(f"{split}-*.safetensors"):
+        outdated.unlink(missing_ok=True)
+    partial = cached.with_suffix(f".{os.getpid()}.partial")
+    save_file(rows.to_tensors(), partial)
+    partial.replace(cached)
+    return rows
+
+
+def fingerprint(path: str, tokenizer: Any, config: DataConfig) -> str:
+    """A hash of data, tokenizer, template and policy: whatever decides the ids and masks."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}. Expected a JSONL file of chat rows, one row a line") from None
+    policy = {name: value for name, value in asdict(config).items() if name not in ("train", "eval")}
+    for part in (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, json.dumps(policy), str(FORMAT)):
+        digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+def tokenize(path: str, tokenizer: Any, config: DataConfig) -> TokenizedRows:
+    """Reads, renders and tokenizes every row of a file, with a progress bar.
+
+    Raises:
+        ValueError: the first bad row (`bad_rows: error`), rows over max_tokens (`overlong: error`), each with file
+            and line; or no row was left.
+    """
+    flat = FlatExamples(path, config)
+    for outcome in outcomes(path, ChatFormat(tokenizer, config.think), config):
+        flat.add_dropped(outcome) if isinstance(outcome, Dropped) else flat.add_row(outcome)
+    return flat.finish()
+
+
+def outcomes(path: str, chat: ChatFormat, config: DataConfig) -> Iterator[list[Example] | Dropped]:
+    """What becomes of each row, in file order up to a batch."""
+    for batch in batched(with_progress(path, read_rows(path, config.sources, config.think)), ROWS_AT_ONCE):
+        # a row that could not be read comes before its batch, so that `bad_rows: error` stops without tokenizing
+        yield from (row for row in batch if isinstance(row, Dropped))
+        yield from chat.examples([row for row in batch if isinstance(row, Row)])
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def with_progress(path: str, rows: Iterator[Row | Dropped]) -> Iterator[Row | Dropped]:
+    """A bar over the lines of the file; it stays away where nobody watches."""
+    with open(path, "rb") as file:
+        num_lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    with tqdm(total=num_lines, unit="row", desc=f"tokenizing {Path(path).name}", disable=None, leave=False) as bar:
+        for row in rows:
+            yield row
+            bar.update(row.line - bar.n)
+
+
+class FlatExamples:
+    """Collects examples into flat arrays and counts what happens to each row."""
+
+    def __init__(self, path: str, config: DataConfig) -> None:
+        self.path, self.config = path, config
+        self.ids, self.supervised, self.starts = array("i"), array("B"), array("q", [0])
+        self.lines, self.source_indices = array("i"), array("i")
+        self.counts: dict[str, SourceCounts] = {source: SourceCounts() for source in config.sources}
+        self.overlong: list[str] = []
+
+    def source(self, name: str) -> SourceCounts:
+        return self.counts.setdefault(name, SourceCounts())
+
+    def add_dropped(self, dropped: Dropped) -> None:
+        if dropped.bad and self.config.bad_rows == "error":
+            raise ValueError(
+                f"{self.path}:{dropped.line}: {dropped.reason}" + (f": {dropped.detail}" if dropped.detail else "")
+                + ". Mend the row, or leave such rows out with data.bad_rows=skip"
+            )
+        counts = self.source(dropped.source)
+        counts.rows += 1
+        counts.drop(dropped.reason)
+
+    def add_row(self, examples: list[Example]) -> None:
+        row = examples[0].row
+        counts = self.source(row.source)
+        counts.rows += 1
+        longest = max(len(example.ids) for example in examples)
+        if longest > self.config.max_tokens:
+            if self.config.overlong == "error":
+                self.overlong.append(f"{self.path}:{row.line} ({longest:,} tokens)")
+                return
+            if self.config.overlong == "drop":
+                counts.drop("over max_tokens")
+                return
+        kept = [example for example in examples if any(example.supervised[: self.config.max_tokens])]
+        if not kept:
+            counts.drop("truncated before any answer")
+            return
+        counts.kept += 1
+        counts.with_thought += any(turn.thought is not None for turn in row.turns)
+        for example in kept:
+            self.add_example(example, counts)
+
+    def add_example(self, example: Example, counts: SourceCounts) -> None:
+        ids, supervised = example.ids[: self.config.max_tokens], example.supervised[: self.config.max_tokens]
+        self.ids.extend(ids)
+        self.supervised.extend(supervised)
+        self.starts.append(len(self.ids))
+        self.lines.append(example.row.line)
+        self.source_indices.append(list(self.config.sources).index(example.row.source))
+        counts.examples += 1
+        counts.truncated += len(ids) < len(example.ids)
+        counts.tokens += len(ids)
+        counts.supervised_tokens += sum(supervised)
+
+    def finish(self) -> TokenizedRows:
+        if self.overlong:
+            shown = ", ".join(self.overlong[:MAX_ERRORS_SHOWN]) + (", ..." if len(self.overlong) > MAX_ERRORS_SHOWN else "")
+            raise ValueError(
+                f"{len(self.overlong)} row(s) are longer than data.max_tokens={self.config.max_tokens}: {shown}. "
+                "Raise data.max_tokens, or choose data.overlong=drop or data.overlong=truncate"
+            )
+        if not self.lines:
+            found = "; ".join(f"{name}: {c.rows} rows, dropped {c.dropped}" for name, c in self.counts.items())
+            raise ValueError(
+                f"{self.path}: no row is left to train on. data.sources is {list(self.config.sources)}; found {found}"
+            )
+        return TokenizedRows(
+            self.path,
+            torch.frombuffer(self.ids, dtype=torch.int32),
+            torch.frombuffer(self.supervised, dtype=torch.uint8),
+            torch.frombuffer(self.starts, dtype=torch.int64),
+            torch.frombuffer(self.lines, dtype=torch.int32),
+            torch.frombuffer(self.source_indices, dtype=torch.int32),
+            sources=list(self.config.sources),
+            counts=self.counts,
+        )

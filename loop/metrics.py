@@ -1,0 +1,118 @@
+"""Everything a person or a machine reads about a run: console lines, progress bar, metrics.jsonl, curves.png, the log.
+Rank 0 writes; on other ranks every call does nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes one run's lines and files.
+
+    Args:
+        run_dir: where metrics.jsonl and curves.png go.
+        log_path: the console's lines with time stamps, appended.
+        enabled: False on every rank but 0.
+    """
+
+    def __init__(self, run_dir: Path, log_path: str, enabled: bool) -> None:
+        self.run_dir, self.enabled = run_dir, enabled
+        self.bar: tqdm | None = None
+        self.metrics: TextIO | None = None
+        self.log_file: TextIO | None = None
+        self.no_curves = False
+        if enabled:
+            try:
+                self.log_file = open(log_path, "a", encoding="utf-8")
+            except OSError as error:
+                self.say(f"no log is written: {log_path}: {error.strerror}. Choose another place with log=FILE")
+
+    def say(self, line: str) -> None:
+        """One line for the person at the console."""
+        if not self.enabled:
+            return
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        if self.log_file:
+            self.log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+            self.log_file.flush()
+
+    def start(self, done: int, total: int) -> None:
+        """Opens metrics.jsonl, cut back to the step the run continues from, and the progress bar."""
+        if self.enabled:
+            path = self.run_dir / "metrics.jsonl"
+            cut_back(path, done)
+            self.metrics = open(path, "a", encoding="utf-8")
+            self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; numbers are not rounded, and null where they are not finite."""
+        if self.metrics:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self.metrics.write(json.dumps(finite) + "\n")
+            self.metrics.flush()
+
+    def step(self, total: int, values: dict[str, Any]) -> None:
+        """One optimizer step."""
+        self.record(values)
+        self.say(
+            f"step {values['step']}/{total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"grad norm {values['grad_norm']:.3f}  {values['tokens_per_s']:,.0f} tokens/s  {values['peak_gib']:.2f} GiB"
+        )
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def eval(self, step: int, loss: float, by_source: dict[str, float]) -> None:
+        """One evaluation; also refreshes curves.png."""
+        self.record({"step": step, "eval_loss": loss, "eval_loss_by_source": by_source})
+        sources = "" if len(by_source) < 2 else "  " + "  ".join(f"{name} {value:.4f}" for name, value in by_source.items())
+        self.say(f"step {step}  eval loss {loss:.4f}{sources}")
+        if self.enabled:
+            self.draw_curves()
+
+    def draw_curves(self) -> None:
+        try:
+            from loop.curves import draw
+        except ImportError:
+            if not self.no_curves:
+                self.say("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
+            self.no_curves = True
+            return
+        draw(read_metrics(self.run_dir / "metrics.jsonl"), self.run_dir / "curves.png", title=self.run_dir.name)
+
+    def sync(self) -> None:
+        """Puts the metrics on the disk, before a checkpoint that relies on them."""
+        if self.metrics:
+            os.fsync(self.metrics.fileno())
+
+    def close(self) -> None:
+        for closing in (self.bar, self.metrics, self.log_file):
+            if closing is not None:
+                closing.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; a run from step 0 starts with an empty file."""
+    kept = [record for record in read_metrics(path) if 0 < step >= record["step"]] if path.exists() else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,111 @@
+"""Builds the model of one rank: meta skeleton -> this stage's modules -> quantized shells -> stream weights -> adapters.
+Peaks at the quantized model plus a few slices of it; nothing is materialized in full precision first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model.lora import LoraConfig, add_adapters, check_targets
+from model.mixers import PACKED
+from model.quant import LINEARS, FrozenLinear
+from model.shards import Checkpoint, Weight, stream
+from model.stages import Stage
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights, and how they are stored while they train."""
+
+    path: str  # a directory, or a repository on the Hugging Face hub
+    base: Literal["int8", "nf4", "bf16", "float32"]  # storage of the frozen linears; float32 also computes in float32
+
+
+SUPPORTED = ("llama", "qwen3")  # model_type of the text model
+
+
+def build(
+    model_dir: Path, base: str, lora: LoraConfig, *, seed: int, device: torch.device, recompute: bool,
+    progress: Callable[[int], None] | None = None,
+) -> Stage:
+    """Builds and loads the whole model on one device.
+
+    Args:
+        model_dir: config.json and safetensors files.
+        base: a key of `quant.LINEARS`.
+        seed: decides the adapters' first values.
+        progress: called with the number of bytes read, slice by slice.
+
+    Raises:
+        ValueError: an unsupported architecture, an unknown LoRA target, or a checkpoint that does not fit its
+            config.json (`CheckpointError`).
+    """
+    model = skeleton(model_dir, base)
+    linears = [name for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)]
+    check_targets(lora, linears)
+    compute_dtype = model.dtype
+    wanted = [swap_linear(model, name, base, compute_dtype, device) for name in linears]
+    wanted += materialize_rest(model, device)
+    stream(Checkpoint(model_dir), [weight for weights in wanted for weight in weights], progress=progress)
+    add_adapters(model, lora, seed, device)
+    return Stage(model, 0, 2 * model.config.num_hidden_layers, recompute).train()
+
+
+def skeleton(model_dir: Path, base: str) -> Any:
+    """The transformers text model on the meta device: all modules, no memory.
+
+    Raises:
+        ValueError: config.json is missing or names an architecture that is not supported.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise ValueError(f"{model_dir}/config.json: not found. Expected a directory with config.json and *.safetensors files")
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True).get_text_config()
+    if config.model_type not in SUPPORTED:
+        raise ValueError(
+            f"{model_dir}/config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16
+        )
+
+
+def swap_linear(model: nn.Module, name: str, base: str, dtype: torch.dtype, device: torch.device) -> list[Weight]:
+    """Replaces one `nn.Linear` by an empty frozen one, and says where its tensors go."""
+    parent, _, last = name.rpartition(".")
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    new: FrozenLinear = LINEARS[base](old.in_features, old.out_features, dtype, device)
+    setattr(model.get_submodule(parent), last, new)
+    weights = [Weight(f"{name}.weight", (old.out_features, old.in_features), new.put)]
+    if old.bias is not None:
+        new.bias = torch.empty(old.out_features, dtype=dtype, device=device)
+        weights.append(Weight(f"{name}.bias", (old.out_features,), partial(copy_rows, new.bias)))
+    return weights
+
+
+def materialize_rest(model: Any, device: torch.device) -> list[list[Weight]]:
+    """Gives every remaining parameter its memory, frozen: embeddings, norms, head; tied ones stay one tensor."""
+    wanted = []
+    tied = model.config.tie_word_embeddings
+    for name, parameter in list(model.named_parameters()):
+        empty = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, empty)
+        wanted.append([Weight(name, tuple(empty.shape), partial(copy_rows, empty.data))])
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    # rotary tables are computed, not loaded
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return wanted
+
+
+def copy_rows(parameter: Tensor, start: int, rows: Tensor) -> None:
+    parameter[start : start + len(rows)] = rows

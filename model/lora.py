@@ -1,0 +1,176 @@
+"""LoRA on frozen linears (Hu et al. 2021, arXiv:2106.09685), forward and backward by hand, in peft's file format.
+Keeps the layer's input and its rank-r projection for the backward pass; no float32 copy of either."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from model.quant import FrozenLinear
+
+# O output features, I input features, K rank, T tokens
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which linears are adapted, and how strongly."""
+
+    rank: int
+    alpha: float  # the adapter's output is scaled by alpha / rank
+    target: tuple[str, ...]  # last part of the adapted linears' names
+    dropout: float = 0.0  # share of the adapter's inputs set to zero while training
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}, expected at least 1")
+        if not self.target:
+            raise ValueError("lora.target is empty: name at least one linear, such as [q_proj, v_proj]")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + alpha / rank * dropout(x) A^T B^T, with A and B in float32.
+
+    A starts as peft starts it (uniform, Kaiming), from a seed and the layer's name alone, so that every rank and
+    every split of a pipeline starts the same; B starts at zero.
+    """
+
+    def __init__(self, base: FrozenLinear, name: str, config: LoraConfig, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.enabled = True
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+        bound = 1 / math.sqrt(base.in_features)
+        a_KI = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a_KI.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+
+    def forward(self, x_XI: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x_XI)
+        keep_XI = None
+        if self.training and self.dropout:
+            keep_XI = torch.rand(x_XI.shape, device=x_XI.device) >= self.dropout
+        y_XO = LoraMatmul.apply(x_XI, self.lora_A, self.lora_B, self.base, self.scaling, keep_XI, self.dropout)
+        return y_XO if self.base.bias is None else y_XO + self.base.bias
+
+
+class LoraMatmul(torch.autograd.Function):
+    """Base and adapter in one pass: the adapter adds into the base's output, and into its input gradient, in place.
+
+    The matmuls run in x's dtype, as the base's do; the adapters' gradients leave in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_XI: Tensor, a_KI: Tensor, b_OK: Tensor, base: FrozenLinear,
+        scaling: float, keep_XI: Tensor | None, dropout: float,
+    ) -> Tensor:
+        x_TI = x_XI.reshape(-1, x_XI.shape[-1])
+        y_TO = x_TI @ base.dequantize().T
+        h_TK = drop(x_TI, keep_XI, dropout) @ a_KI.to(x_TI.dtype).T
+        y_TO.addmm_(h_TK, b_OK.to(x_TI.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x_TI, h_TK, a_KI, b_OK, keep_XI)
+        ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, dropout, x_XI.shape
+        return y_TO.view(*x_XI.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy_XO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, h_TK, a_KI, b_OK, keep_XI = ctx.saved_tensors
+        dy_TO = dy_XO.reshape(-1, dy_XO.shape[-1])
+        db_OK = (dy_TO.T @ h_TK).float().mul_(ctx.scaling)
+        dh_TK = (dy_TO @ b_OK.to(dy_TO.dtype)).mul_(ctx.scaling)
+        da_KI = (dh_TK.T @ drop(x_TI, keep_XI, ctx.dropout)).float()
+        dx_XI = None
+        if ctx.needs_input_grad[0]:  # the first layer's input needs none
+            dx_TI = dy_TO @ ctx.base.dequantize()
+            if keep_XI is None:
+                dx_TI.addmm_(dh_TK, a_KI.to(dy_TO.dtype))
+            else:
+                dx_TI += drop(dh_TK @ a_KI.to(dy_TO.dtype), keep_XI, ctx.dropout)
+            dx_XI = dx_TI.view(ctx.shape)
+        return dx_XI, da_KI, db_OK, None, None, None, None
+
+
+def drop(x_TI: Tensor, keep_XI: Tensor | None, dropout: float) -> Tensor:
+    """Dropout with a given mask; the input itself where there is none."""
+    return x_TI if keep_XI is None else x_TI * keep_XI.view(x_TI.shape) / (1 - dropout)
+
+
+def add_adapters(model: nn.Module, config: LoraConfig, seed: int, device: torch.device) -> None:
+    """Wraps every `FrozenLinear` whose last name is a target.
+
+    Raises:
+        ValueError: a target that names no linear of this model.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    for name, linear in linears.items():
+        parent, _, last = name.rpartition(".")
+        if last in config.target:
+            setattr(model.get_submodule(parent), last, LoraLinear(linear, name, config, seed, device))
+
+
+def check_targets(config: LoraConfig, names: list[str]) -> None:
+    """Holds lora.target against the names of all linears of the model.
+
+    Raises:
+        ValueError: a target that names none of them.
+    """
+    known = {name.rpartition(".")[2] for name in names}
+    for target in config.target:
+        if target not in known:
+            raise ValueError(f"lora.target: no linear of the model is called {target!r}; there are {', '.join(sorted(known))}")
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Adapter parameters by global name, such as `model.layers.3.mlp.up_proj.lora_A`."""
+    return {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+
+
+PEFT_PREFIX, PEFT_SUFFIX = "base_model.model.", ".weight"
+
+
+def to_peft_name(name: str) -> str:
+    return f"{PEFT_PREFIX}{name}{PEFT_SUFFIX}"
+
+
+def from_peft_name(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX).removesuffix(PEFT_SUFFIX)
+
+
+def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
+    """What peft reads from adapter_config.json to load the adapter with `PeftModel.from_pretrained`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(config.target),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before training, while the context lasts."""
+    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for module in adapted:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enabled = True

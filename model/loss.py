@@ -1,0 +1,50 @@
+"""Cross-entropy at supervised positions only, a chunk of logits at a time.
+Keeps one gradient row a position (N x D) for the backward pass, and at most CHUNK rows of logits while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# N supervised positions, C of them in a chunk, D hidden size, V vocabulary
+
+CHUNK = 1024  # positions; at Qwen's 151,936 tokens a chunk of float32 logits takes 0.6 GiB
+
+
+def supervised_losses(h_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Loss of each supervised position, [N] in float32, with a frozen head.
+
+    The head's gradient is never needed, so the gradient of the hidden states is computed in the forward pass while the
+    chunk's logits are there, and the logits are computed once.
+    """
+    return ChunkedCrossEntropy.apply(h_ND, head_VD, labels_N)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy(h @ head.T, labels, reduction="none")`, without ever holding all logits."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+        losses_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
+        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(h_ND), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits_CV = (h_ND[chunk] @ head_VD.T).float()
+            label_C1 = labels_N[chunk, None]
+            logsumexp_C = logits_CV.logsumexp(-1)
+            losses_N[chunk] = logsumexp_C - logits_CV.gather(1, label_C1)[:, 0]
+            if dh_ND is not None:
+                dlogits_CV = logits_CV.sub_(logsumexp_C[:, None]).exp_()  # the softmax, in place of the logits
+                dlogits_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1, dtype=torch.float32))
+                dh_ND[chunk] = dlogits_CV.to(h_ND.dtype) @ head_VD
+            del logits_CV  # before the next chunk's, so that there is one at a time
+        if dh_ND is not None:
+            ctx.save_for_backward(dh_ND)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor, None, None]:
+        (dh_ND,) = ctx.saved_tensors
+        return dh_ND * dlosses_N[:, None].to(dh_ND.dtype), None, None

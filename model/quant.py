@@ -1,0 +1,156 @@
+"""Frozen linear layers stored in int8, nf4 or as they are, dequantized for the length of one matmul.
+Costs 1 byte (int8) or 0.516 bytes (nf4) a weight, and one dequantized matrix while it multiplies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes import functional as bnb
+from torch import Tensor, nn
+
+# O output features, I input features; x_XI has any leading dimensions
+
+NF4_BLOCK = 64  # weights that share one absmax
+ABSMAX_BLOCK = 256  # absmax values that share one scale (double quantization)
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight is never trained. Its rows arrive through `put`, in order.
+
+    Nothing is kept for the backward pass: the weight is dequantized again there. Its gradient flows to the input alone.
+    Subclasses differ in how they store rows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.register_buffer("bias", None)
+
+    def put(self, start: int, rows_RI: Tensor) -> None:
+        """Takes rows `start` to `start + R` of the weight, as the checkpoint stores them."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The weight as it multiplies: [O, I] in the compute dtype."""
+        raise NotImplementedError
+
+    def forward(self, x_XI: Tensor) -> Tensor:
+        y_XO = FrozenMatmul.apply(x_XI, self)
+        return y_XO if self.bias is None else y_XO + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """x W^T with the dequantized weight freed after each direction."""
+
+    @staticmethod
+    def forward(ctx: Any, x_XI: Tensor, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return F.linear(x_XI, linear.dequantize())
+
+    @staticmethod
+    def backward(ctx: Any, dy_XO: Tensor) -> tuple[Tensor, None]:
+        return dy_XO @ ctx.linear.dequantize(), None
+
+
+class PlainLinear(FrozenLinear):
+    """Stored in the compute dtype."""
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: Any) -> None:
+        super().__init__(in_features, out_features, dtype)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=dtype, device=device))
+
+    def put(self, start: int, rows_RI: Tensor) -> None:
+        self.weight[start : start + len(rows_RI)] = rows_RI
+
+    def dequantize(self) -> Tensor:
+        return self.weight
+
+
+class Int8Linear(FrozenLinear):
+    """Each row scaled by its absmax to -127 ... 127, as in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339).
+
+    Activations stay in the compute dtype. On CPU this beats bitsandbytes' own int8 matmul several times over.
+    """
+
+    weight: Tensor
+    scale_O: Tensor
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: Any) -> None:
+        super().__init__(in_features, out_features, dtype)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("scale_O", torch.empty(out_features, dtype=torch.float32, device=device))
+
+    def put(self, start: int, rows_RI: Tensor) -> None:
+        stop = start + len(rows_RI)
+        # half precision first, as bitsandbytes' Linear8bitLt does, so that both hold the same bits
+        quantized_RI, absmax_R, _ = bnb.int8_vectorwise_quant(rows_RI.to(self.weight.device, torch.float16))
+        self.weight[start:stop] = quantized_RI
+        self.scale_O[start:stop] = absmax_R / 127
+
+    def dequantize(self) -> Tensor:
+        weight_OI = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        return torch.mul(self.weight, self.scale_O[:, None], out=weight_OI)  # rounds once, to the compute dtype
+
+
+class Nf4Linear(FrozenLinear):
+    """Blocks of 64 weights in 4-bit NormalFloat, double-quantized (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+
+    Blocks run through row ends where I is no multiple of 64. Row slices give the same bits as the whole tensor at once.
+    """
+
+    packed: Tensor
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: Any) -> None:
+        super().__init__(in_features, out_features, dtype)
+        num_weights = in_features * out_features
+        self.register_buffer("packed", torch.empty((num_weights + 1) // 2, 1, dtype=torch.uint8, device=device))
+        # while loading: one absmax a block; afterwards quantized, inside `state`
+        self.absmax = torch.empty(-(-num_weights // NF4_BLOCK), dtype=torch.float32, device=device)
+        self.partial_block: Tensor | None = None  # weights of a block that the next rows complete
+        self.state: bnb.QuantState | None = None
+
+    def put(self, start: int, rows_RI: Tensor) -> None:
+        weights = rows_RI.to(self.packed.device).flatten()
+        first = start * self.in_features
+        if self.partial_block is not None:
+            weights = torch.cat([self.partial_block, weights])
+            first -= len(self.partial_block)
+            self.partial_block = None
+        last_rows = start + len(rows_RI) == self.out_features
+        if not last_rows and len(weights) % NF4_BLOCK:
+            whole = len(weights) // NF4_BLOCK * NF4_BLOCK
+            weights, self.partial_block = weights[:whole], weights[whole:].clone()
+        if len(weights):
+            packed, state = bnb.quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
+            self.packed[first // 2 : first // 2 + len(packed)] = packed
+            self.absmax[first // NF4_BLOCK : first // NF4_BLOCK + len(state.absmax)] = state.absmax
+        if last_rows:
+            self.quantize_absmax(bnb.get_4bit_type("nf4", device=self.packed.device))
+
+    def quantize_absmax(self, code: Tensor) -> None:
+        offset = self.absmax.mean()
+        quantized, state2 = bnb.quantize_blockwise(self.absmax - offset, blocksize=ABSMAX_BLOCK)
+        self.state = bnb.QuantState(
+            absmax=quantized, shape=(self.out_features, self.in_features), code=code, blocksize=NF4_BLOCK,
+            quant_type="nf4", dtype=self.dtype, offset=offset, state2=state2,
+        )
+        del self.absmax
+
+    def dequantize(self) -> Tensor:
+        assert self.state is not None, "not all rows were put"
+        return bnb.dequantize_4bit(self.packed, self.state)
+
+
+LINEARS: dict[str, type[PlainLinear | Int8Linear | Nf4Linear]] = {
+    "bf16": PlainLinear,
+    "float32": PlainLinear,
+    "int8": Int8Linear,
+    "nf4": Nf4Linear,
+}

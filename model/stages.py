@@ -1,0 +1,76 @@
+"""A run of residual sublayers of one model, on one device: the unit that trains alone or stands in a pipeline.
+Keeps one boundary (T x D) a decoder layer for the backward pass when it recomputes, all activations when not."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.lora import adapter_parameters
+from model.loss import supervised_losses
+from model.mixers import Segments
+
+# T tokens of the packed stream, D hidden size, N supervised positions
+
+
+class Stage(nn.Module):
+    """Sublayers `first` to `stop` of a transformers causal language model, called one by one.
+
+    A decoder layer is two residual sublayers, token mixer (2 * layer) and feed-forward (2 * layer + 1). The first stage
+    embeds, the last one has the final norm and the head.
+
+    Args:
+        model: the text model, with the modules of this stage in place and the others' absent.
+        first, stop: which sublayers.
+        recompute: free each decoder layer's activations after the forward pass and compute them again in the backward.
+    """
+
+    def __init__(self, model: Any, first: int, stop: int, recompute: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.first, self.stop, self.recompute = first, stop, recompute
+        self.is_first = first == 0
+        self.is_last = stop == 2 * model.config.num_hidden_layers
+        self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, by their global names."""
+        return adapter_parameters(self.model)
+
+    def forward(self, x: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
+        """Token ids [1, T] on the first stage, else hidden states [1, T, D]; returns hidden states [1, T, D]."""
+        text_model = self.model.model
+        x_1TD = text_model.embed_tokens(x) if self.is_first else x
+        rotary = text_model.rotary_emb(x_1TD, positions_T[None])
+        for layer in range(self.first // 2, (self.stop + 1) // 2):
+            run: Callable[..., Tensor] = partial(
+                decoder_layer, text_model.layers[layer], rotary=rotary, segments=segments,
+                mixer=2 * layer >= self.first, feed_forward=2 * layer + 1 < self.stop,
+            )
+            if self.recompute and torch.is_grad_enabled():
+                x_1TD = checkpoint(run, x_1TD, use_reentrant=False, preserve_rng_state=self.has_dropout)
+            else:
+                x_1TD = run(x_1TD)
+        return x_1TD
+
+    def losses(self, x_1TD: Tensor, predict_N: Tensor, labels_N: Tensor) -> Tensor:
+        """Last stage: cross-entropy of each supervised position, [N] in float32; nothing else meets norm and head."""
+        h_ND = self.model.model.norm(x_1TD[0, predict_N])
+        return supervised_losses(h_ND, self.model.lm_head.weight, labels_N)
+
+
+def decoder_layer(
+    layer: Any, x_1TD: Tensor, rotary: Any, segments: Segments, mixer: bool = True, feed_forward: bool = True
+) -> Tensor:
+    """One decoder layer, or the half of it that this side of a cut holds."""
+    if mixer:
+        h_1TD = layer.input_layernorm(x_1TD)
+        h_1TD, _ = layer.self_attn(h_1TD, position_embeddings=rotary, attention_mask=None, segments=segments)
+        x_1TD = x_1TD + h_1TD
+    if feed_forward:
+        x_1TD = x_1TD + layer.mlp(layer.post_attention_layernorm(x_1TD))
+    return x_1TD
