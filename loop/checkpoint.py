@@ -101,6 +101,18 @@ def newest(run_dir: Path, warn: Any = print) -> Path | None:
     return None
 
 
+def best(run_dir: Path) -> Path:
+    """The checkpoint with the lowest held-out loss.
+
+    Raises:
+        ValueError: the run has none yet.
+    """
+    verified = [path for path in list_checkpoints(run_dir) if verify(path) is None]
+    if not verified:
+        raise ValueError(f"{run_dir}: no checkpoint there. Expected a run's directory with step-NNNNNNNN directories")
+    return min(verified, key=lambda path: json.loads((path / STATE).read_text())["eval_loss"])
+
+
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None if nothing is."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from data.tokenized import TokenizedRows, load_rows
@@ -17,7 +17,7 @@ from loop import checkpoint
 from loop.config import Config, to_yaml
 from loop.optim import load_optimizer, optimizer_tensors
 from loop.ranks import Ranks
-from model.lora import from_peft_name, peft_config, to_peft_name
+from model.lora import peft_config, to_peft_name
 
 # settings that may change in the middle of a run without changing what it computes (beyond rounding)
 FREE = ("train.microbatch_tokens", "train.recompute", "train.deterministic", "data.train", "data.eval")
@@ -86,7 +86,7 @@ def resume(
         ValueError: the settings that decide the run's course are not the checkpoint's (`resume: auto`).
     """
 
-    def read() -> dict[str, torch.Tensor]:
+    def read() -> dict[str, Tensor]:
         path = checkpoint.newest(config.run_dir, say)
         if path is None:
             return {"step": torch.tensor(0)}
@@ -98,25 +98,37 @@ def resume(
                 "start anew with resume=never, or continue all the same with resume=force"
             )
         say(f"continuing from {path}" + (f" with changed settings: {'; '.join(changed)}" if changed else ""))
-        tensors = {f"adapter/{from_peft_name(name)}": tensor for name, tensor in saved.adapter.items()}
+        tensors = {f"adapter/{name}": tensor for name, tensor in saved.adapter.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in saved.optimizer.items()}
         return tensors | {"step": torch.tensor(saved.state["step"])}
 
     tensors = ranks.broadcast_tensors(ranks.on_main(read))
     step = int(tensors.pop("step"))
     if step:
-        optimizer_state = {}
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                kind, _, rest = name.partition("/")
-                if kind == "optimizer":
-                    optimizer_state[rest] = tensor
-                elif rest in adapters:
-                    adapters[rest].copy_(tensor)
-        load_optimizer(optimizer, adapters, optimizer_state)
+        load_adapters(adapters, part(tensors, "adapter/"))
+        load_optimizer(optimizer, adapters, part(tensors, "optimizer/"))
     if ranks.is_main:
         (config.run_dir / "config.yaml").write_text(to_yaml(config))
     return step
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@torch.no_grad()
+def load_adapters(adapters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    """Copies a checkpoint's adapters (peft's names) into this rank's; others' in `saved` are passed over.
+
+    Raises:
+        ValueError: one of this rank's is missing or has another shape.
+    """
+    for name, parameter in adapters.items():
+        tensor = saved.get(to_peft_name(name))
+        if tensor is None or tensor.shape != parameter.shape:
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise ValueError(f"the checkpoint does not fit: {to_peft_name(name)} {found}, expected {tuple(parameter.shape)}")
+        parameter.copy_(tensor)
 
 
 def save(

@@ -143,10 +143,6 @@ def to_peft_name(name: str) -> str:
     return f"{PEFT_PREFIX}{name}{PEFT_SUFFIX}"
 
 
-def from_peft_name(name: str) -> str:
-    return name.removeprefix(PEFT_PREFIX).removesuffix(PEFT_SUFFIX)
-
-
 def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
     """What peft reads from adapter_config.json to load the adapter with `PeftModel.from_pretrained`."""
     return {

@@ -3,7 +3,8 @@ Costs 1 byte (int8) or 0.516 bytes (nf4) a weight, and one dequantized matrix wh
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,21 @@ class Nf4Linear(FrozenLinear):
     def dequantize(self) -> Tensor:
         assert self.state is not None, "not all rows were put"
         return bnb.dequantize_4bit(self.packed, self.state)
+
+
+@contextmanager
+def kept_dequantized(model: nn.Module) -> Iterator[None]:
+    """Holds every frozen weight dequantized while the context lasts: for decoding, token by token, at several times
+    the memory."""
+    linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    for linear in linears:
+        weight_OI = linear.dequantize()
+        setattr(linear, "dequantize", lambda weight_OI=weight_OI: weight_OI)  # shadows the method
+    try:
+        yield
+    finally:
+        for linear in linears:
+            delattr(linear, "dequantize")
 
 
 LINEARS: dict[str, type[PlainLinear | Int8Linear | Nf4Linear]] = {

@@ -1,0 +1,68 @@
+"""Shows what will be trained on, token by token, before anything is trained.
+
+python -m loop.inspect --config configs/4b.yaml [key=value ...] [--rows 3] [--html FILE] [--json] [--dump FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from data.audit import audit, coloured, html_page, table
+from data.chat import ChatFormat
+from data.tokenized import TokenizedRows, load_rows
+from loop.config import add_config_arguments, load_config
+from loop.errors import run_command
+from loop.run import load_tokenizer
+from model.fetch import model_directory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m loop.inspect", description="Show what will be trained on.")
+    add_config_arguments(parser)
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows to show in colour (3)")
+    parser.add_argument("--html", metavar="FILE", help="write the audit and the rows as a page")
+    parser.add_argument("--json", action="store_true", help="print the audit for machines, and nothing else")
+    parser.add_argument("--dump", metavar="FILE", help="write ids and mask of every example, one JSON line each")
+    args = parser.parse_intermixed_args()
+    config = load_config(args.config, args.overrides)
+
+    tokenizer = load_tokenizer(model_directory(config.model.path, weights=False))
+    cache = config.run_dir / "data"
+    splits = {name: load_rows(path, tokenizer, config.data, cache)
+              for name, path in (("train", config.data.train), ("eval", config.data.eval))}
+    report = audit(splits, ChatFormat(tokenizer, config.data.think).stop_id)
+    shown = [(splits["train"], index) for index in evenly_spaced(len(splits["train"]), args.rows)]
+
+    if args.dump:
+        with open(args.dump, "w", encoding="utf-8") as file:
+            for split, rows in splits.items():
+                dump(split, rows, file)
+    if args.html:
+        Path(args.html).write_text(html_page(report, shown, tokenizer), encoding="utf-8")
+    if args.json:
+        print(json.dumps(report))
+        return
+    print(table(report))
+    for rows, index in shown:
+        print("\n" + coloured(rows, index, tokenizer))
+    for written in (args.dump, args.html):
+        if written:
+            print(f"wrote {written}", file=sys.stderr)
+
+
+def evenly_spaced(length: int, number: int) -> list[int]:
+    number = max(0, min(number, length))
+    return [i * length // number for i in range(number)]
+
+
+def dump(split: str, rows: TokenizedRows, file: object) -> None:
+    for index, line in enumerate(rows.lines_E.tolist()):
+        ids, supervised = rows.example(index)
+        print(json.dumps({"split": split, "line": line, "ids": ids.tolist(), "supervised": supervised.tolist()}), file=file)
+
+
+if __name__ == "__main__":
+    run_command(main)
