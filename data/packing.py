@@ -8,6 +8,7 @@ from itertools import count
 from typing import Sequence
 
 ROUND_TO = 128  # microbatch lengths are multiples of this: few distinct shapes, whole tiles in every matmul
+MAX_SPARE = 2  # one microbatch more than needed can be the fuller packing: 10 of 4 rows, not 9 of 4 or 5
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class StepPlan:
 
 
 def plan_step(groups: Sequence[Sequence[int]], num_replicas: int, microbatch_tokens: int) -> StepPlan:
-    """Deals rows over replicas evenly by tokens, then packs each replica's examples into balanced microbatches.
+    """Deals rows over replicas evenly by tokens, then packs each replica's examples into balanced microbatches: as few
+    as hold them, or a few more where that leaves less padding.
 
     Args:
         groups: for each row of the step the lengths of its examples; examples are numbered through the groups.
@@ -32,11 +34,22 @@ def plan_step(groups: Sequence[Sequence[int]], num_replicas: int, microbatch_tok
     """
     lengths = [length for group in groups for length in group]
     first = [sum(len(group) for group in groups[:g]) for g in range(len(groups))]
-    dealt = balance([sum(group) for group in groups], num_replicas)
+    dealt = [
+        [first[g] + i for g in rows for i in range(len(groups[g]))]
+        for rows in balance([sum(group) for group in groups], num_replicas)
+    ]
+    plans = [pack(lengths, dealt, microbatch_tokens, spare) for spare in range(MAX_SPARE + 1)]
+    return min(plans, key=lambda plan: plan.length * sum(len(replica) for replica in plan.microbatches))
+
+
+def pack(lengths: Sequence[int], dealt: Sequence[Sequence[int]], capacity: int, spare: int) -> StepPlan:
+    """Packs each replica's examples into the fewest microbatches that hold them, and `spare` more."""
     microbatches = []
-    for rows in dealt:
-        examples = [first[g] + i for g in rows for i in range(len(groups[g]))]
-        bins = fewest_bins([lengths[e] for e in examples], microbatch_tokens)
+    for examples in dealt:
+        sizes = [lengths[e] for e in examples]
+        bins = fewest_bins(sizes, capacity)
+        if bins and spare:
+            bins = [members for members in balance(sizes, len(bins) + spare) if members]
         microbatches.append([sorted(examples[i] for i in members) for members in bins])
     fullest = max(sum(lengths[e] for e in members) for replica in microbatches for members in replica)
     return StepPlan(-(-fullest // ROUND_TO) * ROUND_TO, microbatches)

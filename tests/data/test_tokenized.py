@@ -1,0 +1,96 @@
+"""Counting, limits and the cache."""
+
+import pytest
+
+from data.audit import audit, coloured, html_page, table
+from data.records import DataConfig
+from data.tokenized import TokenizedRows, load_rows, tokenize
+
+
+def config(path, **changes):
+    return DataConfig(**{"train": path, "eval": path, "sources": ("textbook",), **changes})
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizers):
+    return tiny_tokenizers["llama"]  # a byte a token
+
+
+def test_counts_say_what_became_of_every_row(tokenizer, write_rows, make_row):
+    rows = [make_row("a", "b"), make_row("a", "b", source="forum"), "{", make_row("a", "<think>x"), make_row("a", "x" * 300)]
+    path = write_rows(rows)
+    made = tokenize(path, tokenizer, config(path, bad_rows="skip", overlong="drop", max_tokens=200))
+    textbook = made.counts["textbook"]
+    assert (textbook.rows, textbook.kept, textbook.examples) == (3, 1, 1)
+    assert textbook.dropped == {"unclosed <think>": 1, "over max_tokens": 1}
+    assert made.counts["forum"].dropped == {"source not in data.sources": 1}
+    assert made.counts["(unknown)"].dropped == {"not JSON": 1}
+    assert textbook.supervised_tokens == int(made.supervised_N.sum()) == 2
+    assert textbook.tokens == len(made.ids_N)
+
+
+@pytest.mark.parametrize("line, row", [(2, "{"), (2, '{"metadata": {"source": "textbook"}}')])
+def test_bad_rows_stop_with_file_and_line(tokenizer, write_rows, make_row, line, row):
+    path = write_rows([make_row("a", "b"), row])
+    with pytest.raises(ValueError, match=f"{path}:{line}: .*data.bad_rows=skip"):
+        tokenize(path, tokenizer, config(path))
+
+
+def test_overlong_rows_are_all_named(tokenizer, write_rows, make_row):
+    path = write_rows([make_row("a", "x" * 300), make_row("a", "b"), make_row("a", "x" * 400)])
+    with pytest.raises(ValueError) as error:
+        tokenize(path, tokenizer, config(path, max_tokens=200))
+    assert f"{path}:1 (" in str(error.value) and f"{path}:3 (" in str(error.value) and "2 row(s)" in str(error.value)
+
+
+def test_truncation_keeps_what_fits_and_never_leaves_a_row_without_targets(tokenizer, write_rows, make_row):
+    path = write_rows([make_row("a", "x" * 300), make_row("q" * 300, "short")])
+    made = tokenize(path, tokenizer, config(path, overlong="truncate", max_tokens=200))
+    counts = made.counts["textbook"]
+    assert (counts.kept, counts.truncated, counts.dropped) == (1, 1, {"truncated before any answer": 1})
+    assert made.lengths_E.tolist() == [200]
+    report = audit({"train": made}, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    assert report["sources"]["textbook"]["answers_without_stop_token"] == 1
+
+
+def test_no_row_left_says_what_was_found(tokenizer, write_rows, make_row):
+    path = write_rows([make_row("a", "b", source="forum")])
+    with pytest.raises(ValueError, match="no row is left.*forum: 1 rows"):
+        tokenize(path, tokenizer, config(path))
+
+
+def test_the_cache_is_read_until_anything_that_matters_changes(tokenizer, write_rows, make_row, tmp_path, monkeypatch):
+    path = write_rows([make_row("a", "<think>t</think>b")])
+    cache = tmp_path / "cache"
+    first = load_rows(path, tokenizer, config(path), cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("data.tokenized.tokenize", lambda *_: pytest.fail("tokenized again"))
+        again = load_rows(path, tokenizer, config(path), cache)
+    assert again.ids_N.tolist() == first.ids_N.tolist() and again.counts == first.counts
+
+    kept = load_rows(path, tokenizer, config(path, think="keep"), cache)
+    assert kept.counts["textbook"].with_thought == 1
+    (cached,) = cache.glob("rows-*.safetensors")
+    cached.write_bytes(cached.read_bytes()[:100])  # as a crash of the file system leaves it
+    assert load_rows(path, tokenizer, config(path, think="keep"), cache).ids_N.tolist() == kept.ids_N.tolist()
+    write_rows([make_row("a", "changed")])
+    assert load_rows(path, tokenizer, config(path), cache).counts["textbook"].tokens != first.counts["textbook"].tokens
+
+
+def test_tensors_carry_everything(tokenizer, write_rows, make_row):
+    path = write_rows([make_row("a", "b"), make_row("a", "c", source="forum")])
+    rows = tokenize(path, tokenizer, config(path))
+    back = TokenizedRows.from_tensors(rows.to_tensors())
+    assert back.counts == rows.counts and back.path == path and back.lines_E.tolist() == rows.lines_E.tolist()
+
+
+def test_the_audit_shows_what_is_supervised(tokenizer, write_rows, make_row):
+    path = write_rows([make_row("<b>&", "answer"), make_row("q", "other")])
+    rows = tokenize(path, tokenizer, config(path))
+    report = audit({"train": rows, "eval": rows}, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    assert report["sources"]["textbook"]["rows"] == 4 and report["splits"]["eval"]["textbook"]["rows"] == 2
+    assert report["sources"]["textbook"]["supervised_tokens"] == 2 * (len("answer") + 1 + len("other") + 1)
+    assert "every answer's stop token is supervised" in table(report)
+    assert "\033[1;32manswer<|im_end|>\033[0m" in coloured(rows, 0, tokenizer)
+    page = html_page(report, [(rows, 0)], tokenizer)
+    assert "<mark>answer&lt;|im_end|&gt;</mark>" in page and "&lt;b&gt;&amp;" in page
