@@ -1,0 +1,153 @@
+"""Whole runs of train.py: it learns, it resumes to the last bit, it stops where it should."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_learns_and_leaves_everything_a_user_looks_for(write_config, run_train, tmp_path, capsys):
+    lines = run_train(write_config())
+    evals = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evals] == [0, 3, 4, 6, 8, 9, 10]
+    assert evals[-1]["eval_loss"] < 0.85 * evals[0]["eval_loss"]
+    assert set(evals[0]["eval_loss_by_source"]) == {"book", "game"}
+    first = next(line for line in lines if "loss" in line)
+    assert first.keys() >= {"step", "epoch", "loss", "lr", "grad_norm", "rows", "tokens", "supervised_tokens"}
+    assert (first["rows"], first["epoch"]) == (8, 0)
+    run_dir = tmp_path / "checkpoints" / "tiny"
+    assert {p.name for p in run_dir.iterdir()} >= {"config.yaml", "metrics.jsonl", "curves.png", "data", "step-00000010"}
+    console, log = capsys.readouterr().out, (tmp_path / "train.log").read_text()
+    for text in (console, log):
+        assert "step 10/10  loss" in text and "eval loss" in text and "saved" in text
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()][-1] == 10
+
+
+def test_a_finished_run_is_left_as_it_is(write_config, run_train):
+    config = write_config(train__max_steps=4)
+    assert run_train(config) == run_train(config)
+
+
+def test_peft_loads_the_adapter(write_config, run_train, tmp_path, tiny_llama):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run_train(write_config(train__max_steps=2))
+    saved = tmp_path / "checkpoints/tiny/step-00000002"
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, saved)
+    loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    on_disk = load_file(saved / "adapter_model.safetensors")
+    assert len(on_disk) == len(loaded) == 2 * 2 * 3
+    for name, tensor in on_disk.items():
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
+
+
+def test_changed_settings_are_named_and_force_or_never_get_past_them(write_config, run_train, tmp_path):
+    run_train(write_config(train__max_steps=2))
+    with pytest.raises(ValueError, match="train.max_steps was 2, is 3.*resume=never.*resume=force"):
+        run_train(write_config(train__max_steps=3))
+    assert run_train(write_config(train__max_steps=3), "resume=force")[-1]["step"] == 3
+    assert run_train(write_config(train__max_steps=2), "resume=never")[-1]["step"] == 2
+    assert (tmp_path / "checkpoints/tiny.1/step-00000003").is_dir(), "the earlier run is kept"
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_rows_named(write_config, run_train, monkeypatch, capsys):
+    from loop import accumulate
+
+    honest = accumulate.token_losses
+    monkeypatch.setattr(accumulate, "token_losses", lambda stage, mb: honest(stage, mb) * (float("nan") if 5 in mb.lines else 1))
+    lines = [line for line in run_train(write_config(eval__max_rows=4, train__epochs=1)) if "lr" in line]
+    skipped = [line for line in lines if line["skipped"]]
+    assert len(skipped) == 1 and skipped[0]["loss"] is None and len(lines) == 5
+    said = next(line for line in capsys.readouterr().out.splitlines() if "skipped" in line)
+    assert "loss nan in the rows at lines" in said and " 5" in said
+    assert lines[-1]["loss"] is not None, "the weights stayed finite"
+
+
+def test_five_steps_in_a_row_that_are_not_finite_end_the_run(write_config, run_train, monkeypatch):
+    from loop import accumulate
+
+    monkeypatch.setattr(accumulate, "forward_backward", lambda stage, batch: torch.full((len(batch.microbatches),), torch.nan))
+    with pytest.raises(ValueError, match="not finite in 5 steps in a row, the last at step 5"):
+        run_train(write_config())
+
+
+def launch(config, *overrides, ranks=2, **kwargs):
+    command = [sys.executable, "-m", "loop.launch", "--nproc-per-node", str(ranks), "--standalone",
+               str(ROOT / "train.py"), "--config", str(config), *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **kwargs)
+
+
+def test_killed_at_any_step_and_run_again_a_run_is_the_uninterrupted_one(write_config, read_metrics, tmp_path):
+    """Two ranks, int8 base, dropout, 8-bit optimizer; killed before the first checkpoint, after it, and after a resume."""
+    config = write_config(model__base="int8", lora__dropout=0.1, train__optimizer="adamw8bit", train__recompute=True)
+    process = launch(config, "run=whole", stdout=subprocess.DEVNULL)
+    assert process.wait(timeout=90) == 0
+    whole = read_metrics(tmp_path / "checkpoints/whole")
+
+    killed = tmp_path / "checkpoints/killed/metrics.jsonl"
+    for num_lines in (3, 8, 12):
+        process = launch(config, "run=killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = killed.read_text() if killed.exists() else None
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            text = killed.read_text() if killed.exists() else ""
+            if text != before and text.count("\n") >= num_lines:
+                break
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kill_stragglers(str(tmp_path))
+        assert killed.read_text().count("\n") < len(whole), "killed too late to show anything"
+    process = launch(config, "run=killed", stdout=subprocess.PIPE)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 0 and "continuing from" in output
+    assert read_metrics(tmp_path / "checkpoints/killed") == whole
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        paths = [tmp_path / f"checkpoints/{run}/step-00000010/{name}" for run in ("whole", "killed")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def kill_stragglers(marker):
+    """Workers have sessions of their own: what belongs to this test is told by its command line."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker in (process / "cmdline").read_bytes().decode(errors="replace"):
+                os.kill(int(process.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            continue
+
+
+def test_two_ranks_compute_what_one_computes(write_config, run_train, read_metrics, tmp_path):
+    config = write_config(train__epochs=1)
+    alone = run_train(config, run="alone")
+    process = launch(config, "run=two", stdout=subprocess.DEVNULL)
+    assert process.wait(timeout=90) == 0
+    two = read_metrics(tmp_path / "checkpoints/two")
+    assert len(alone) == len(two)
+    for a, b in zip(alone, two):
+        assert a["step"] == b["step"]
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} at step {a['step']}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_users_mistake_ends_in_one_line_without_a_traceback(write_config, ranks):
+    config = write_config(data__train="no-such.jsonl")
+    process = launch(config, ranks=ranks, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 1 + (ranks == 1) or process.returncode == 2
+    assert "error: no-such.jsonl: No such file or directory" in errors
+    assert "Traceback" not in output + errors
