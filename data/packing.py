@@ -49,7 +49,8 @@ def pack(lengths: Sequence[int], dealt: Sequence[Sequence[int]], capacity: int, 
         sizes = [lengths[e] for e in examples]
         bins = fewest_bins(sizes, capacity)
         if bins and spare:
-            bins = [members for members in balance(sizes, len(bins) + spare) if members]
+            looser = [members for members in balance(sizes, len(bins) + spare) if members]
+            bins = looser if max(sum(sizes[i] for i in members) for members in looser) <= capacity else bins
         microbatches.append([sorted(examples[i] for i in members) for members in bins])
     fullest = max(sum(lengths[e] for e in members) for replica in microbatches for members in replica)
     return StepPlan(-(-fullest // ROUND_TO) * ROUND_TO, microbatches)
