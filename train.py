@@ -20,6 +20,7 @@ from loop.metrics import RunLog
 from loop.optim import make_optimizer
 from loop.ranks import Ranks
 from loop.run import course, load_splits, prepare_directory, resume, save
+from model.balance import load_balance, start_counting
 from model.build import build
 from model.fetch import model_directory
 
@@ -41,6 +42,8 @@ def main() -> None:
             model_dir, config.model.base, config.lora,
             seed=config.train.seed, device=ranks.device, recompute=config.train.recompute, progress=bar.update,
         )
+    if config.train.router_stats:
+        start_counting(stage.model)
     adapters = stage.adapters()
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
     settings = course(config, train_rows)
@@ -58,6 +61,7 @@ def main() -> None:
         evaluate=lambda: evaluate(eval_batches, config.eval.max_rows, partial(accumulate.forward_only, stage), ranks),
         save=save_checkpoint, eval_every=config.eval.every, save_every=config.checkpoint.every,
         ranks=ranks, log=log,
+        load_balance=partial(load_balance, stage.model, ranks.all_reduce) if config.train.router_stats else None,
     )
     log.say(f"finished: {config.run_dir}")
     log.close()

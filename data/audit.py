@@ -60,7 +60,7 @@ def percentiles(values: np.ndarray) -> dict[str, int]:
 
 def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """The sum of two sources' counts."""
-    total = {}
+    total: dict[str, Any] = {}
     for key in a | b:
         if isinstance(a.get(key), dict) or isinstance(b.get(key), dict):
             total[key] = add(a.get(key, {}), b.get(key, {}))
@@ -95,7 +95,8 @@ def kept_lines(counts: dict[str, Any]) -> list[str]:
     stops = counts["answers_without_stop_token"]
     return [
         f"    {counts['tokens']:,} tokens in {counts['examples']:,} examples, each {spread('tokens_percentiles')}",
-        f"    {counts['supervised_tokens']:,} supervised ({counts['supervised_share']:.1%}), each {spread('supervised_percentiles')}",
+        f"    {counts['supervised_tokens']:,} supervised ({counts['supervised_share']:.1%}), "
+        f"each {spread('supervised_percentiles')}",
         f"    {counts['truncated']:,} truncated; {counts['with_thought']:,} rows with a supervised thought; "
         + ("every answer's stop token is supervised" if not stops else f"{stops:,} EXAMPLES LACK A SUPERVISED STOP TOKEN"),
     ]

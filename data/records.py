@@ -178,7 +178,7 @@ def parse_answer(content: str, think: str, index: int) -> Turn:
     if think == "strip" or not blocks:
         return Turn(None, answer.strip())
     if len(blocks) > 1 or not content.lstrip().startswith("<think>"):
-        raise BadRow("misplaced <think>", f"{where}: under think: keep one <think> block is expected, at the head of the answer")
+        raise BadRow("misplaced <think>", f"{where}: think: keep expects one <think> block, at the head of the answer")
     thought = blocks[0].strip()
     return Turn(thought or None, answer.strip())  # an empty block is no thought: it is never supervised
 

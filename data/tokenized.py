@@ -87,8 +87,10 @@ class TokenizedRows:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenizedRows:
         meta = json.loads(bytes(tensors["meta"].tolist()))
         counts = {name: SourceCounts(**counts) for name, counts in meta["counts"].items()}
-        flat = (tensors[name] for name in ("ids", "supervised", "starts", "lines", "sources"))
-        return cls(meta["path"], *flat, sources=meta["sources"], counts=counts)
+        ids_N, supervised_N, starts_E1, lines_E, sources_E = (
+            tensors[name] for name in ("ids", "supervised", "starts", "lines", "sources")
+        )
+        return cls(meta["path"], ids_N, supervised_N, starts_E1, lines_E, sources_E, meta["sources"], counts)
 
 
 def load_rows(path: str, tokenizer: Any, config: DataConfig, cache_dir: Path | None) -> TokenizedRows:

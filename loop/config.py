@@ -118,8 +118,8 @@ def attempt(where: str, action: Any) -> Any:
 
 def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line.replace("full_key:", "key:") for line in lines if line and not line.startswith(("object_type", "reference_type"))]
-    return "; ".join(kept)
+    kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
+    return "; ".join(kept).replace("full_key:", "key:")
 
 
 def check_finite(section: Any, prefix: str = "") -> None:

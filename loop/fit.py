@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Callable, Literal
+from typing import Any, Callable, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class TrainConfig:
     max_steps: int | None = None  # optimizer steps; null: as many as `epochs` take
     seed: int = 42
     deterministic: bool = False  # on GPU: bit-equal repeats, slower; the CPU always repeats
+    router_stats: bool = False  # record each step how evenly every layer's routed experts were used
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("rows_per_step", 1), ("microbatch_tokens", 128), ("seed", 0)):
@@ -65,6 +66,7 @@ def fit(
     save_every: int,
     ranks: Ranks,
     log: RunLog,
+    load_balance: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
     """Trains from after step `done` to the end.
 
@@ -72,6 +74,7 @@ def fit(
         forward_backward: adds the gradients of this rank's microbatches, returns their losses (see accumulate.py).
         evaluate: held-out loss, overall and by source.
         save: writes the checkpoint of a step and its held-out loss.
+        load_balance: how evenly experts were used in the step, by layer (see model/balance.py).
 
     Raises:
         ValueError: loss or gradients were not finite in 5 steps in a row.
@@ -88,8 +91,7 @@ def fit(
         set_learning_rate(optimizer, rate)
         torch.manual_seed(config.seed + (step * ranks.world_size + ranks.rank))  # dropout, the same after a resume
 
-        losses = forward_backward(batch)
-        losses = share_losses(losses, batch, ranks)
+        losses = share_losses(forward_backward(batch), batch, ranks)
         grad_norm = sync_and_clip(adapters.values(), config.max_grad_norm, ranks).item()
         loss = sum(losses)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -107,6 +109,8 @@ def fit(
             "microbatches": len(batch.lines_by_slot), "microbatch_length": batch.length,
             "step_s": seconds, "tokens_per_s": batch.num_tokens / seconds, "peak_gib": peak_gib(ranks.device),
         })
+        if load_balance is not None:
+            log.record({"step": step, "router": load_balance()})
         if skipped_in_a_row == MAX_SKIPPED:
             raise ValueError(
                 f"loss or gradients were not finite in {MAX_SKIPPED} steps in a row, the last at step {step}: "

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from data.audit import audit, coloured, html_page, table
 from data.chat import ChatFormat
@@ -58,7 +59,7 @@ def evenly_spaced(length: int, number: int) -> list[int]:
     return [i * length // number for i in range(number)]
 
 
-def dump(split: str, rows: TokenizedRows, file: object) -> None:
+def dump(split: str, rows: TokenizedRows, file: TextIO) -> None:
     for index, line in enumerate(rows.lines_E.tolist()):
         ids, supervised = rows.example(index)
         print(json.dumps({"split": split, "line": line, "ids": ids.tolist(), "supervised": supervised.tolist()}), file=file)

@@ -95,7 +95,9 @@ class Ranks:
             return tensors
         header = json.dumps([[k, str(t.dtype).removeprefix("torch."), list(t.shape)] for k, t in (tensors or {}).items()])
         size = self.broadcast(torch.tensor([len(header)], device=self.device))
-        text = torch.tensor(list(header.encode()), dtype=torch.uint8) if self.is_main else torch.empty(int(size), dtype=torch.uint8)
+        text = torch.empty(int(size), dtype=torch.uint8)
+        if self.is_main:
+            text = torch.tensor(list(header.encode()), dtype=torch.uint8)
         described = json.loads(bytes(self.broadcast(text.to(self.device)).tolist()))
         received = {}
         for name, dtype, shape in described:

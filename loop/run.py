@@ -20,7 +20,7 @@ from loop.ranks import Ranks
 from model.lora import peft_config, to_peft_name
 
 # settings that may change in the middle of a run without changing what it computes (beyond rounding)
-FREE = ("train.microbatch_tokens", "train.recompute", "train.deterministic", "data.train", "data.eval")
+FREE = ("train.microbatch_tokens", "train.recompute", "train.deterministic", "train.router_stats", "data.train", "data.eval")
 
 
 def prepare_directory(config: Config, say: Callable[[str], None]) -> None:
@@ -58,9 +58,10 @@ def load_splits(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Tokenize
         cache = config.run_dir / "data"
         return [load_rows(path, tokenizer, config.data, cache) for path in (config.data.train, config.data.eval)]
 
-    splits = ranks.on_main(prepare) or [None, None]
-    train, held_out = (ranks.broadcast_tensors(rows.to_tensors() if rows else None) for rows in splits)
-    return TokenizedRows.from_tensors(train), TokenizedRows.from_tensors(held_out)
+    prepared = ranks.on_main(prepare)
+    sent = [rows.to_tensors() for rows in prepared] if prepared else [None, None]
+    train, held_out = (TokenizedRows.from_tensors(ranks.broadcast_tensors(tensors)) for tensors in sent)
+    return train, held_out
 
 
 def course(config: Config, rows: TokenizedRows) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_rows_named(write_config, r
     from loop import accumulate
 
     honest = accumulate.token_losses
-    monkeypatch.setattr(accumulate, "token_losses", lambda stage, mb: honest(stage, mb) * (float("nan") if 5 in mb.lines else 1))
+    monkeypatch.setattr(
+        accumulate, "token_losses", lambda stage, mb: honest(stage, mb) * (float("nan") if 5 in mb.lines else 1)
+    )
     lines = [line for line in run_train(write_config(eval__max_rows=4, train__epochs=1)) if "lr" in line]
     skipped = [line for line in lines if line["skipped"]]
     assert len(skipped) == 1 and skipped[0]["loss"] is None and len(lines) == 5
