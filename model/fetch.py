@@ -33,7 +33,9 @@ def model_directory(path: str, weights: bool = True, quiet: bool = False) -> Pat
     if directory.is_dir():
         return directory
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"model.path: {path}: no such directory. Expected one, or a hub name such as Qwen/Qwen3-4B-Thinking-2507")
+        raise ValueError(
+            f"model.path: {path}: no such directory. Expected one, or a hub name such as Qwen/Qwen3-4B-Thinking-2507"
+        )
     return from_cache(path, weights) or download(path, weights, quiet)
 
 
@@ -82,8 +84,9 @@ def weights_bytes(repo: str) -> int:
 def unreachable(repo: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"model.path: {repo} is not in the Hugging Face cache and could not be downloaded ({reason}). Where there is a "
-        f"network, fetch it with: hf download {repo}   then copy {constants.HF_HUB_CACHE} here, or set model.path to a directory"
+        f"model.path: {repo} is not in the Hugging Face cache and could not be downloaded ({reason}). "
+        f"Where there is a network, fetch it with: hf download {repo}   then copy {constants.HF_HUB_CACHE} here, "
+        "or set model.path to a directory"
     )
 
 
