@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from model.delta_rule import use_reference_on_cpu
+from model.experts import FrozenExperts
+from model.fused import fuse
 from model.lora import LoraConfig, add_adapters, check_targets
 from model.mixers import PACKED
 from model.quant import LINEARS, FrozenLinear
-from model.shards import Checkpoint, Weight, stream
+from model.shards import Checkpoint, Experts, Weight, stream
 from model.stages import Stage
 
 
@@ -27,34 +30,47 @@ class ModelConfig:
     base: Literal["int8", "nf4", "bf16", "float32"]  # storage of the frozen linears; float32 also computes in float32
 
 
-SUPPORTED = ("llama", "qwen3")  # model_type of the text model
+SUPPORTED = ("llama", "qwen3", "qwen3_5_moe_text")  # model_type of the text model
+# linears with a handful of outputs, which gate what others compute: they stay as they are, and are not adapted
+GATES = ("in_proj_a", "in_proj_b", "shared_expert_gate")
+FEED_FORWARD = ("post_attention_layernorm", "mlp")  # of a layer's second sublayer; its other modules are the first's
 
 
 def build(
     model_dir: Path, base: str, lora: LoraConfig, *, seed: int, device: torch.device, recompute: bool,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None, first: int = 0, stop: int | None = None,
 ) -> Stage:
-    """Builds and loads the whole model on one device.
+    """Builds and loads the model, or one stage of it, on one device.
 
     Args:
         model_dir: config.json and safetensors files.
         base: a key of `quant.LINEARS`.
         seed: decides the adapters' first values.
         progress: called with the number of bytes read, slice by slice.
+        first, stop: the sublayers of the stage (see stages.py), all by default. Nothing else is built or read; where
+            embedding and head are tied, and on different stages, each has its own.
 
     Raises:
         ValueError: an unsupported architecture, an unknown LoRA target, or a checkpoint that does not fit its
             config.json (`CheckpointError`).
     """
     model = skeleton(model_dir, base)
-    linears = [name for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)]
-    check_targets(lora, linears)
+    check_targets(lora, linear_names(model), has_experts=bool(expert_names(model)))
+    all_names = {name for name, _ in model.named_parameters()}
+    stop = 2 * model.config.num_hidden_layers if stop is None else stop
+    drop_others(model, first, stop)
+    linears, experts = linear_names(model), expert_names(model)
     compute_dtype = model.dtype
-    wanted = [swap_linear(model, name, base, compute_dtype, device) for name in linears]
+    wanted: list[Weight | Experts] = [swap_experts(model, name, base, compute_dtype, device) for name in experts]
+    for name in linears:
+        wanted += swap_linear(model, name, base, compute_dtype, device)
     wanted += materialize_rest(model, device)
-    stream(Checkpoint(model_dir), [weight for weights in wanted for weight in weights], progress=progress)
+    stream(Checkpoint(model_dir), wanted, progress=progress, all_names=all_names, tied=model.config.tie_word_embeddings)
     add_adapters(model, lora, seed, device)
-    return Stage(model, 0, 2 * model.config.num_hidden_layers, recompute).train()
+    fuse(model)
+    if device.type == "cpu":
+        use_reference_on_cpu(model)
+    return Stage(model, first, stop, recompute).train()
 
 
 def skeleton(model_dir: Path, base: str) -> Any:
@@ -76,6 +92,29 @@ def skeleton(model_dir: Path, base: str) -> Any:
         )
 
 
+def linear_names(model: Any) -> list[str]:
+    """The linears that are quantized, and adapted where they are targets."""
+    return [name for name, module in model.model.named_modules(prefix="model")
+            if isinstance(module, nn.Linear) and not name.endswith(GATES)]
+
+
+def expert_names(model: Any) -> list[str]:
+    """The modules that hold the routed experts of a layer."""
+    return [name for name, _ in model.model.named_modules(prefix="model") if name.endswith(".mlp.experts")]
+
+
+def drop_others(model: Any, first: int, stop: int) -> None:
+    """Removes all modules but those of sublayers `first` to `stop`; the others keep their names."""
+    for number, layer in enumerate(model.model.layers):
+        for name, _ in list(layer.named_children()):
+            if not first <= 2 * number + (name in FEED_FORWARD) < stop:
+                delattr(layer, name)
+    if first > 0:
+        del model.model.embed_tokens
+    if stop < 2 * model.config.num_hidden_layers:
+        del model.model.norm, model.lm_head
+
+
 def swap_linear(model: nn.Module, name: str, base: str, dtype: torch.dtype, device: torch.device) -> list[Weight]:
     """Replaces one `nn.Linear` by an empty frozen one, and says where its tensors go."""
     parent, _, last = name.rpartition(".")
@@ -90,16 +129,28 @@ def swap_linear(model: nn.Module, name: str, base: str, dtype: torch.dtype, devi
     return weights
 
 
-def materialize_rest(model: Any, device: torch.device) -> list[list[Weight]]:
-    """Gives every remaining parameter its memory, frozen: embeddings, norms, head; tied ones stay one tensor."""
+def swap_experts(model: Any, name: str, base: str, dtype: torch.dtype, device: torch.device) -> Experts:
+    """Replaces the routed experts of one layer by empty frozen ones, and says where their tensors go."""
+    config = model.config
+    if config.hidden_act != "silu":
+        raise ValueError(f"config.json: hidden_act is {config.hidden_act!r}, expected 'silu' for routed experts")
+    parent, _, last = name.rpartition(".")
+    sizes = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
+    new = FrozenExperts(*sizes, base, dtype, device)
+    setattr(model.get_submodule(parent), last, new)
+    return Experts(name, *sizes, new.put)
+
+
+def materialize_rest(model: Any, device: torch.device) -> list[Weight]:
+    """Gives every remaining parameter its memory, frozen: embeddings, norms, gates, head; tied ones stay one tensor."""
     wanted = []
     tied = model.config.tie_word_embeddings
     for name, parameter in list(model.named_parameters()):
         empty = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, empty)
-        wanted.append([Weight(name, tuple(empty.shape), partial(copy_rows, empty.data))])
-    if tied:
+        wanted.append(Weight(name, tuple(empty.shape), partial(copy_rows, empty.data)))
+    if tied and hasattr(model, "lm_head") and hasattr(model.model, "embed_tokens"):
         model.lm_head.weight = model.model.embed_tokens.weight
     # rotary tables are computed, not loaded
     with device:

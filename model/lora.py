@@ -12,6 +12,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
+from model.experts import FrozenExperts, LoraExperts
 from model.quant import FrozenLinear
 
 # O output features, I input features, K rank, T tokens
@@ -25,6 +26,7 @@ class LoraConfig:
     alpha: float  # the adapter's output is scaled by alpha / rank
     target: tuple[str, ...]  # last part of the adapted linears' names
     dropout: float = 0.0  # share of the adapter's inputs set to zero while training
+    experts: bool = False  # also adapt every routed expert of a mixture-of-experts model, each with `rank`
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -33,6 +35,8 @@ class LoraConfig:
             raise ValueError("lora.target is empty: name at least one linear, such as [q_proj, v_proj]")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
+        if self.experts and self.dropout:
+            raise ValueError(f"lora.dropout is {self.dropout}, expected 0 with lora.experts: peft knows no other either")
 
 
 class LoraLinear(nn.Module):
@@ -48,10 +52,7 @@ class LoraLinear(nn.Module):
         self.scaling = config.alpha / config.rank
         self.dropout = config.dropout
         self.enabled = True
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
-        bound = 1 / math.sqrt(base.in_features)
-        a_KI = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(a_KI.to(device))
+        self.lora_A = nn.Parameter(first_a(seed, name, config.rank, base.in_features).to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
 
     def forward(self, x_XI: Tensor) -> Tensor:
@@ -106,25 +107,38 @@ def drop(x_TI: Tensor, keep_XI: Tensor | None, dropout: float) -> Tensor:
     return x_TI if keep_XI is None else x_TI * keep_XI.view(x_TI.shape) / (1 - dropout)
 
 
-def add_adapters(model: nn.Module, config: LoraConfig, seed: int, device: torch.device) -> None:
-    """Wraps every `FrozenLinear` whose last name is a target.
+def first_a(seed: int, name: str, rank: int, num_in: int) -> Tensor:
+    """First values of an A [K, I] in float32, on the CPU: from the seed and the layer's name alone."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+    bound = 1 / math.sqrt(num_in)
+    return torch.empty(rank, num_in).uniform_(-bound, bound, generator=generator)
 
-    Raises:
-        ValueError: a target that names no linear of this model.
-    """
+
+def add_adapters(model: nn.Module, config: LoraConfig, seed: int, device: torch.device) -> None:
+    """Wraps every `FrozenLinear` whose last name is a target, and the routed experts under `config.experts`."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     for name, linear in linears.items():
         parent, _, last = name.rpartition(".")
         if last in config.target:
             setattr(model.get_submodule(parent), last, LoraLinear(linear, name, config, seed, device))
+    routed = {name: module for name, module in model.named_modules() if isinstance(module, FrozenExperts)}
+    for name, experts in routed.items() if config.experts else ():
+        parent, _, last = name.rpartition(".")
+        num_rows = experts.num_experts * config.rank
+        gate_up_a_XD = first_a(seed, f"{name}.gate_up_proj", num_rows, experts.hidden).to(device)
+        down_a_XI = first_a(seed, f"{name}.down_proj", num_rows, experts.intermediate).to(device)
+        setattr(model.get_submodule(parent), last,
+                LoraExperts(experts, gate_up_a_XD, down_a_XI, config.alpha / config.rank))
 
 
-def check_targets(config: LoraConfig, names: list[str]) -> None:
+def check_targets(config: LoraConfig, names: list[str], has_experts: bool = False) -> None:
     """Holds lora.target against the names of all linears of the model.
 
     Raises:
-        ValueError: a target that names none of them.
+        ValueError: a target that names none of them, or `lora.experts` for a model without routed experts.
     """
+    if config.experts and not has_experts:
+        raise ValueError("lora.experts is true, but the model has no routed experts")
     known = {name.rpartition(".")[2] for name in names}
     for target in config.target:
         if target not in known:
@@ -156,13 +170,15 @@ def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+        # peft wraps them from the last to the first, so that gate_up_proj's lie in down_proj's base_layer
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if config.experts else None,
     }
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model as it was before training, while the context lasts."""
-    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    adapted = [module for module in model.modules() if isinstance(module, (LoraLinear, LoraExperts))]
     for module in adapted:
         module.enabled = False
     try:

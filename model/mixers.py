@@ -4,6 +4,7 @@ Attention keeps q, k, v and its output for the backward pass; scores never exist
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AttentionInterface
 
 # T tokens of the stream, R segments, H query heads, G key/value heads, E head size
 
+GAP = 7  # positions between segments where a kernel must not look across; Qwen3.5's convolution looks back 3
 PACKED = "packed"  # the attention implementation that build.py asks transformers for
 
 
@@ -22,6 +24,14 @@ class Segments:
 
     cu_seqlens_R1: Tensor  # int32
     lengths: tuple[int, ...]
+
+    @cached_property
+    def with_gaps(self) -> tuple[Tensor, Tensor]:
+        """Where each position [T] goes, and the new bounds [R + 1], once GAP positions follow every segment."""
+        number_R1 = torch.arange(len(self.lengths) + 1, device=self.cu_seqlens_R1.device)
+        number_T = number_R1[:-1].repeat_interleave(self.cu_seqlens_R1.diff(), output_size=sum(self.lengths))
+        place_T = torch.arange(len(number_T), device=number_T.device) + GAP * number_T
+        return place_T, self.cu_seqlens_R1 + GAP * number_R1.int()
 
 
 def packed_attention(
@@ -37,11 +47,18 @@ def packed_attention(
     """
     if q_1HTE.is_cuda and q_1HTE.dtype != torch.float32:
         return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
+    return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths), None
+
+
+def plain_attention(
+    q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, lengths: tuple[int, ...]
+) -> Tensor:
+    """One call of torch's attention a segment: what the others must equal."""
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        for q, k, v in zip(*(x.split(segments.lengths, dim=2) for x in (q_1HTE, k_1GTE, v_1GTE)))
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (q_1HTE, k_1GTE, v_1GTE)))
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def varlen_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, segments: Segments) -> Tensor:
@@ -51,11 +68,8 @@ def varlen_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: fl
     q, k, v = (x[0].transpose(0, 1) for x in (q_1HTE, k_1GTE, v_1GTE))
     num_groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(num_groups, dim=1) if num_groups > 1 else x for x in (k, v))
-    longest = max(segments.lengths)
-    cu = segments.cu_seqlens_R1
-    # the kernel scales by 1 / sqrt(E) itself
-    q = q * (scaling * q.shape[-1] ** 0.5) if abs(scaling * q.shape[-1] ** 0.5 - 1) > 1e-6 else q
-    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))[None]
+    longest, cu = max(segments.lengths), segments.cu_seqlens_R1
+    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))[None]
 
 
 AttentionInterface.register(PACKED, packed_attention)

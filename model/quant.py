@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 NF4_BLOCK = 64  # weights that share one absmax
 ABSMAX_BLOCK = 256  # absmax values that share one scale (double quantization)
+CPU_PIECE = 2**17  # weights that are quantized at a time on CPU
 
 
 class FrozenLinear(nn.Module):
@@ -90,10 +91,7 @@ class Int8Linear(FrozenLinear):
 
     def put(self, start: int, rows_RI: Tensor) -> None:
         stop = start + len(rows_RI)
-        # half precision first, as bitsandbytes' Linear8bitLt does, so that both hold the same bits
-        quantized_RI, absmax_R, _ = bnb.int8_vectorwise_quant(rows_RI.to(self.weight.device, torch.float16))
-        self.weight[start:stop] = quantized_RI
-        self.scale_O[start:stop] = absmax_R / 127
+        self.weight[start:stop], self.scale_O[start:stop] = quantize_int8(rows_RI.to(self.weight.device))
 
     def dequantize(self) -> Tensor:
         weight_OI = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
@@ -129,9 +127,9 @@ class Nf4Linear(FrozenLinear):
             whole = len(weights) // NF4_BLOCK * NF4_BLOCK
             weights, self.partial_block = weights[:whole], weights[whole:].clone()
         if len(weights):
-            packed, state = bnb.quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
+            packed, absmax = quantize_nf4(weights)
             self.packed[first // 2 : first // 2 + len(packed)] = packed
-            self.absmax[first // NF4_BLOCK : first // NF4_BLOCK + len(state.absmax)] = state.absmax
+            self.absmax[first // NF4_BLOCK : first // NF4_BLOCK + len(absmax)] = absmax
         if last_rows:
             self.quantize_absmax(bnb.get_4bit_type("nf4", device=self.packed.device))
 
@@ -147,6 +145,40 @@ class Nf4Linear(FrozenLinear):
     def dequantize(self) -> Tensor:
         assert self.state is not None, "not all rows were put"
         return bnb.dequantize_4bit(self.packed, self.state)
+
+
+def quantize_nf4(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' nf4 of flat weights: packed [W / 2, 1] and the absmax of each block, float32."""
+    with one_thread_on_cpu(weights):
+        parts = [bnb.quantize_4bit(part, blocksize=NF4_BLOCK, quant_type="nf4") for part in pieces(weights)]
+        return torch.cat([packed for packed, _ in parts]), torch.cat([state.absmax for _, state in parts])
+
+
+def quantize_int8(weight_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' int8 of each row, and the float32 number [R] that each row is multiplied by."""
+    with one_thread_on_cpu(weight_RI):
+        # half precision first, as bitsandbytes' Linear8bitLt does, so that both hold the same bits
+        parts = [bnb.int8_vectorwise_quant(part.half()) for part in pieces(weight_RI)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) / 127
+
+
+def pieces(weights: Tensor) -> tuple[Tensor, ...]:
+    """On CPU a few at a time: what quantizing needs beside them then stays in the cache, and below 4 MiB."""
+    if weights.is_cuda:
+        return (weights,)
+    return weights.split(max(CPU_PIECE * len(weights) // weights.numel(), 1))
+
+
+@contextmanager
+def one_thread_on_cpu(weights: Tensor) -> Iterator[None]:
+    """bitsandbytes' steps on CPU are too small to share: one thread quantizes 40 M weights/s, two of them 18 M."""
+    num_threads = torch.get_num_threads()
+    if not weights.is_cuda:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager

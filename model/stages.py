@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.delta_rule import packed_delta_rule
 from model.lora import adapter_parameters
 from model.loss import supervised_losses
 from model.mixers import Segments
@@ -45,7 +46,9 @@ class Stage(nn.Module):
         """Token ids [1, T] on the first stage, else hidden states [1, T, D]; returns hidden states [1, T, D]."""
         text_model = self.model.model
         x_1TD = text_model.embed_tokens(x) if self.is_first else x
-        rotary = text_model.rotary_emb(x_1TD, positions_T[None])
+        # three rows of positions (time, height, width), all alike for text, where the model rotates by three
+        is_3d = hasattr(text_model.rotary_emb, "mrope_section")
+        rotary = text_model.rotary_emb(x_1TD, positions_T.expand(3, 1, -1) if is_3d else positions_T[None])
         for layer in range(self.first // 2, (self.stop + 1) // 2):
             run: Callable[..., Tensor] = partial(
                 decoder_layer, text_model.layers[layer], rotary=rotary, segments=segments,
@@ -69,7 +72,10 @@ def decoder_layer(
     """One decoder layer, or the half of it that this side of a cut holds."""
     if mixer:
         h_1TD = layer.input_layernorm(x_1TD)
-        h_1TD, _ = layer.self_attn(h_1TD, position_embeddings=rotary, attention_mask=None, segments=segments)
+        if hasattr(layer, "linear_attn"):
+            h_1TD = packed_delta_rule(layer.linear_attn, h_1TD, segments)
+        else:
+            h_1TD, _ = layer.self_attn(h_1TD, position_embeddings=rotary, attention_mask=None, segments=segments)
         x_1TD = x_1TD + h_1TD
     if feed_forward:
         x_1TD = x_1TD + layer.mlp(layer.post_attention_layernorm(x_1TD))

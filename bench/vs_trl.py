@@ -1,0 +1,349 @@
+"""Measures this trainer against TRL's SFTTrainer: same rows, model, adapters and precision, in turn on this machine.
+Each run is a fresh process; what is measured is tokens a second after the first step, and peak memory.
+
+python bench/vs_trl.py            # prints the table, about 20 minutes on 2 cores
+python bench/vs_trl.py --quick    # is everything installed? a small run, too short to be believed
+python bench/vs_trl.py --write    # also puts the table into bench/README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+ROWS_A_BATCH, ACCUMULATION = 4, 4  # TRL's batches; here the same 16 rows are one step
+ROWS_A_STEP = ROWS_A_BATCH * ACCUMULATION
+RANK, ALPHA, RATE, MAX_TOKENS = 16, 32, 1e-3, 1024
+MICROBATCH_TOKENS = 1024  # two rows: how a step is cut changes nothing but memory and speed
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SYSTEM = "You are a chess coach. Comment on the move that was played: the idea behind it, and what was better."
+README_TITLE = "## Against TRL"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train: whose code, and with which settings."""
+
+    name: str
+    is_trl: bool
+    num_ranks: int = 1
+    settings: tuple[str, ...] = ()  # key=value
+
+
+@dataclass
+class Runs:
+    """What the repeated runs of one contender in one precision measured."""
+
+    tokens_per_s: list[float] = field(default_factory=list)
+    peak_gib: list[float] = field(default_factory=list)
+    supervised: int = 0  # tokens with a loss, in all rows
+    first_loss: float = 0.0  # of the first step, before anything was learned
+
+
+def contenders(precision: str) -> list[Contender]:
+    """TRL as it comes and as it is fastest, this trainer alone and on two ranks, each with and without recomputation."""
+    base = "float32" if precision == "float32" else "bf16"
+    ours = [
+        Contender(f"this trainer, {ranks} rank{'s' * (ranks > 1)}{', recompute' * (recompute == 'true')}", False, ranks,
+                  (f"model.base={base}", f"train.recompute={recompute}"))
+        for ranks in sorted({1, os.cpu_count() or 1}) for recompute in ("false", "true")
+    ]
+    return [
+        Contender("TRL, its defaults", True),
+        Contender("TRL, gradient_checkpointing=False", True, settings=("gradient_checkpointing=false",)),
+        *ours,
+    ]
+
+
+# ---- the rows ----
+
+OPENINGS = ("The idea is plain:", "At first sight this looks slow, but", "Here it pays to stop and count:",
+            "In the spirit of the opening")
+SUBJECTS = ("the knight", "the bishop", "the rook", "the queen", "the king", "the pawn", "the exchange", "the break")
+VERBS = ("takes aim at", "gives up", "defends", "blocks", "prepares", "invites", "weakens", "supports")
+REASONS = ("so that the centre stays closed", "before the other side can castle", "which leaves a hole behind it",
+           "and wins a move", "though nothing is forced yet", "because the back rank is weak")
+
+
+def square(rng: random.Random) -> str:
+    return rng.choice("abcdefgh") + rng.choice("12345678")
+
+
+def make_row(rng: random.Random) -> dict[str, Any]:
+    """A row of about 490 tokens (SmolLM2), a quarter of them the answer, as in the coaching rows of this project."""
+    board = [rng.choices("pnbrqkPNBRQK.", weights=[1] * 12 + [20], k=8) for _ in range(8)]
+    diagram = "\n".join(f"{8 - i} {' '.join(rank)}" for i, rank in enumerate(board))
+    moves = " ".join(rng.choice(("", "N", "B", "R", "Q")) + square(rng) for _ in range(rng.randint(72, 80)))
+    answer = " ".join(
+        f"{rng.choice(OPENINGS)} {rng.choice(SUBJECTS)} on {square(rng)} {rng.choice(VERBS)} {square(rng)}, "
+        f"{rng.choice(REASONS)}."
+        for _ in range(rng.randint(6, 7))
+    )
+    prompt = f"Board before the move:\n  a b c d e f g h\n{diagram}\nGame so far: {moves}\nExplain the move {square(rng)}."
+    return {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt},
+                         {"role": "assistant", "content": answer}], "metadata": {"source": "textbook"}}
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    rng = random.Random(1)
+    path.write_text("".join(json.dumps(make_row(rng)) + "\n" for _ in range(num_rows)), encoding="utf-8")
+
+
+def count_tokens(model_dir: Path, rows: Path) -> list[int]:
+    """Length of each row as both sides tokenize it; TRL's also ends in the template's newline, which is not counted."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    texts = [str(tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)).rstrip("\n")
+             for line in rows.read_text(encoding="utf-8").splitlines()]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+# ---- the two sides ----
+
+def train_with_trl(model_dir: str, rows: str, precision: str, settings: list[str], out: str) -> None:
+    """The worker of TRL's side: what its documentation shows for LoRA on prompt and completion."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    messages = [json.loads(line)["messages"] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
+    dataset = Dataset.from_list([{"prompt": m[:-1], "completion": m[-1:]} for m in messages])
+    bounds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            bounds.append(time.perf_counter())
+
+        on_train_end = on_step_begin
+
+    overrides: dict[str, Any] = {key: json.loads(value) for key, value in (s.split("=", 1) for s in settings)}
+    config = SFTConfig(
+        output_dir=f"{out}.trl", use_cpu=True, bf16=precision == "bf16",
+        model_init_kwargs={"dtype": "bfloat16" if precision == "bf16" else "float32"},
+        per_device_train_batch_size=ROWS_A_BATCH, gradient_accumulation_steps=ACCUMULATION, num_train_epochs=1,
+        max_length=MAX_TOKENS, completion_only_loss=True, learning_rate=RATE, lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        **overrides,
+    )
+    trainer = SFTTrainer(
+        model_dir, config, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(model_dir),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    prepared: Any = trainer.train_dataset
+    supervised = sum(label != -100 for labels in prepared["labels"] for label in labels)
+    seconds = [stop - start for start, stop in zip(bounds, bounds[1:])]
+    Path(out).write_text(json.dumps({
+        "seconds": seconds, "supervised": supervised, "first_loss": losses[0], "threads": torch.get_num_threads()}))
+
+
+def trl_command(model_dir: Path, rows: Path, precision: str, contender: Contender, out: Path) -> list[str]:
+    worker = [sys.executable, str(Path(__file__).resolve()), "--trl-worker"]
+    return [*worker, str(model_dir), str(rows), precision, str(out), *contender.settings]
+
+
+def our_command(model_dir: Path, rows: Path, contender: Contender) -> list[str]:
+    """The product's own entry point; two ranks share the cores evenly (torchrun's OMP_NUM_THREADS)."""
+    ranks = contender.num_ranks
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                 f"--nproc-per-node={ranks}"]
+    return [
+        *start, str(REPO / "train.py"), "--config", str(REPO / "configs/demo.yaml"), "run=bench", "log=/dev/null",
+        f"model.path={model_dir}", f"data.train={rows}", f"data.eval={rows}", f"data.max_tokens={MAX_TOKENS}",
+        "eval.max_rows=1", "eval.every=100000", f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
+        f"train.rows_per_step={ROWS_A_STEP}", f"train.microbatch_tokens={MICROBATCH_TOKENS}",
+        f"train.learning_rate={RATE}", "train.optimizer=adamw", *contender.settings,
+    ]
+
+
+# ---- measuring ----
+
+def descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        found.append(todo.pop())
+        todo += children.get(found[-1], [])
+    return found
+
+
+class PeakMemory(threading.Thread):
+    """Sums over a process and all it starts the most memory (VmHWM) each has ever had resident."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.pid, self.finished = pid, threading.Event()
+        self.peaks: dict[int, int] = {}  # KiB by process
+
+    def run(self) -> None:
+        while not self.finished.wait(0.5):
+            for pid in descendants(self.pid):
+                try:
+                    status = Path(f"/proc/{pid}/status").read_text()
+                except OSError:
+                    continue
+                for line in status.splitlines():
+                    if line.startswith("VmHWM:"):
+                        self.peaks[pid] = int(line.split()[1])
+
+    def gib(self) -> float:
+        self.finished.set()
+        self.join()
+        return sum(self.peaks.values()) / 2**20
+
+
+def run_once(contender: Contender, precision: str, model_dir: Path, rows: Path, lengths: list[int], runs: Runs) -> None:
+    """One fresh process (or a torchrun of them), measured from outside.
+
+    Raises:
+        RuntimeError: it failed; its output is in the message.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "out.json"
+        command = (trl_command(model_dir, rows, precision, contender, out) if contender.is_trl
+                   else our_command(model_dir, rows, contender))
+        threads = (os.cpu_count() or 1) // contender.num_ranks
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(threads),
+                       "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        with open(Path(directory) / "output", "w+b") as output:
+            process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            memory = PeakMemory(process.pid)
+            memory.start()
+            failed = process.wait()
+            peak_gib = memory.gib()
+            if failed:
+                output.seek(0)
+                raise RuntimeError(f"{' '.join(command)}\n{output.read().decode(errors='replace')[-3000:]}")
+        if contender.is_trl:
+            result = json.loads(out.read_text())
+            runs.supervised, runs.first_loss = result["supervised"], result["first_loss"]
+            seconds = result["seconds"]
+            tokens = [sum(lengths[i:i + ROWS_A_STEP]) for i in range(0, len(lengths), ROWS_A_STEP)]
+        else:
+            lines = (Path(directory) / "checkpoints/bench/metrics.jsonl").read_text().splitlines()
+            steps = [record for record in map(json.loads, lines) if "loss" in record]
+            runs.supervised, runs.first_loss = sum(step["supervised_tokens"] for step in steps), steps[0]["loss"]
+            seconds, tokens = [step["step_s"] for step in steps], [step["tokens"] for step in steps]
+        assert sum(tokens) == sum(lengths), "the two sides did not see the same tokens"
+        runs.tokens_per_s.append(sum(tokens[1:]) / sum(seconds[1:]))
+        runs.peak_gib.append(peak_gib)
+
+
+def measure(precisions: list[str], num_steps: int, repeats: int, only: str) -> dict[tuple[str, Contender], Runs]:
+    """All contenders in turn, the whole round repeated, so that what else happens on the machine hits all alike."""
+    from model.smollm2 import demo_model
+
+    model_dir = demo_model()
+    results: dict[tuple[str, Contender], Runs] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        rows = Path(directory) / "rows.jsonl"
+        write_rows(rows, num_steps * ROWS_A_STEP)
+        lengths = count_tokens(model_dir, rows)
+        print(f"{len(lengths)} rows of {statistics.mean(lengths):.0f} tokens ({min(lengths)} to {max(lengths)})",
+              file=sys.stderr)
+        for _ in range(repeats):
+            for precision in precisions:
+                for contender in contenders(precision):
+                    if only not in contender.name:
+                        continue
+                    runs = results.setdefault((precision, contender), Runs())
+                    run_once(contender, precision, model_dir, rows, lengths, runs)
+                    print(f"{precision}  {contender.name}: {runs.tokens_per_s[-1]:.0f} tokens/s, "
+                          f"{runs.peak_gib[-1]:.2f} GiB, first loss {runs.first_loss:.4f}, {runs.supervised} supervised",
+                          file=sys.stderr, flush=True)
+    return results
+
+
+# ---- the table ----
+
+def spread(values: list[float], digits: int) -> str:
+    middle = f"{statistics.median(values):,.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def table(results: dict[tuple[str, Contender], Runs]) -> str:
+    """Medians with their range; ratios are against TRL's best of each column in that precision."""
+    lines = ["| precision | | tokens/s | times TRL's fastest | peak memory, GiB | share of TRL's leanest |",
+             "|---|---|---|---|---|---|"]
+    for (precision, contender), runs in results.items():
+        theirs = [other for (p, c), other in results.items() if p == precision and c.is_trl]
+        speed = memory = ""
+        if theirs and not contender.is_trl:
+            fastest = max(statistics.median(other.tokens_per_s) for other in theirs)
+            leanest = min(statistics.median(other.peak_gib) for other in theirs)
+            speed = f"{statistics.median(runs.tokens_per_s) / fastest:.2f}"
+            memory = f"{statistics.median(runs.peak_gib) / leanest:.2f}"
+        lines.append(f"| {precision} | {contender.name} | {spread(runs.tokens_per_s, 0)} | {speed} "
+                     f"| {spread(runs.peak_gib, 2)} | {memory} |")
+    return "\n".join(lines)
+
+
+def describe(num_steps: int, repeats: int) -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+    return (f"SmolLM2-135M-Instruct, LoRA {RANK} on 7 projections, {ROWS_A_BATCH} x {ACCUMULATION} rows of about 490 "
+            f"tokens a step, {num_steps} steps without the first, {repeats} run(s) each: median (least to most).\n"
+            f"{platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}.")
+
+
+def write_section(path: Path, text: str) -> None:
+    """Replaces the measured part of the section, from its mark to the next heading or the end."""
+    before, mark, rest = path.read_text(encoding="utf-8").partition(f"{README_TITLE}\n")
+    body, measured, after = rest.partition("<!-- measured -->\n")
+    assert mark and measured, f"{path}: no section {README_TITLE!r} with a mark <!-- measured -->"
+    _, next_heading, following = after.partition("\n## ")
+    path.write_text(f"{before}{mark}{body}{measured}{text}\n{next_heading}{following}", encoding="utf-8")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--trl-worker"]:
+        model_dir, rows, precision, out, *settings = sys.argv[2:]
+        train_with_trl(model_dir, rows, precision, settings, out)
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run; the first is not counted")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each contender")
+    parser.add_argument("--precision", action="append", choices=("float32", "bf16"), help="default: both")
+    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--quick", action="store_true", help="2 steps, 1 run")
+    parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
+    arguments = parser.parse_args()
+    steps, repeats = (2, 1) if arguments.quick else (arguments.steps, arguments.repeats)
+    if steps < 2 or repeats < 1:
+        parser.error("expected at least 2 steps and 1 repeat")
+    sys.path.insert(0, str(REPO))
+    results = measure(arguments.precision or ["float32", "bf16"], steps, repeats, arguments.only)
+    text = f"{describe(steps, repeats)}\n\n{table(results)}"
+    print(text)
+    if arguments.write:
+        write_section(REPO / "bench/README.md", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The gated delta rule over a packed stream, each row by itself: a causal convolution, then a recurrent state.
+Costs what transformers' module costs; padded batches (without flash-linear-attention) a third more at most."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from model.mixers import GAP, Segments
+
+# T tokens of the stream, D hidden size, R segments, X positions of the stream with gaps, L positions of a padded row
+
+PADDED_SHARE = 0.75  # no segment of a padded batch is shorter than this share of the longest
+
+
+def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
+    """transformers' gated delta rule, each segment to itself: [1, T, D].
+
+    On CUDA with flash-linear-attention in one run over the stream, else in padded batches of segments.
+    """
+    if x_1TD.is_cuda and has_delta_kernels():
+        return delta_rule_with_gaps(module, x_1TD, segments)
+    return delta_rule_in_batches(module, x_1TD, segments)
+
+
+def delta_rule_with_gaps(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
+    """One run over the stream, with zeros behind each segment.
+
+    The kernel keeps the recurrent state of segments apart, but not every convolution that transformers may choose
+    does. So each segment, as the kernel sees it, ends in zeros, as many as the convolution looks back or more: to the
+    next segment's convolution they are what padding would be, and what they get themselves is dropped.
+    """
+    assert module.conv_kernel_size <= GAP + 1
+    place_T, cu_seqlens_R1 = segments.with_gaps
+    wide_1XD = x_1TD.new_zeros(1, x_1TD.shape[1] + GAP * len(segments.lengths), x_1TD.shape[2])
+    wide_1XD = module(wide_1XD.index_copy(1, place_T, x_1TD), cu_seq_lens_q=cu_seqlens_R1)
+    return wide_1XD.index_select(1, place_T)
+
+
+def delta_rule_in_batches(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
+    """Right-padded batches of segments of similar length; what pads a row comes after it, and nothing looks ahead."""
+    x_RD = x_1TD[0].split(segments.lengths)
+    outputs: list[Tensor] = list(x_RD)
+    for batch in similar(segments.lengths):
+        y_RLD = module(pad_sequence([x_RD[r] for r in batch], batch_first=True))
+        for r, y_LD in zip(batch, y_RLD):
+            outputs[r] = y_LD[: segments.lengths[r]]
+    return torch.cat(outputs)[None]
+
+
+def similar(lengths: tuple[int, ...]) -> list[list[int]]:
+    """The numbers of the segments, in batches of similar length: at most a third of the positions is padding."""
+    batches: list[list[int]] = []
+    for r in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if not batches or lengths[r] < PADDED_SHARE * lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(r)
+    return batches
+
+
+@cache
+def has_delta_kernels() -> bool:
+    """Whether flash-linear-attention can be imported, which transformers then uses too."""
+    try:
+        return hasattr(import_module("fla.ops.gated_delta_rule"), "chunk_gated_delta_rule")
+    except Exception:  # as transformers does: whatever triton or the driver raise, the reference is there
+        return False
+
+
+def use_reference_on_cpu(model: Any) -> None:
+    """Makes transformers compute with torch alone, also where flash-linear-attention is installed: that needs a GPU.
+
+    transformers chooses once, when it is imported, for all devices.
+    """
+    for layer in model.model.layers:
+        if hasattr(layer, "linear_attn"):
+            modeling = sys.modules[type(layer.linear_attn).__module__]
+            for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):
+                setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))

@@ -1,0 +1,334 @@
+"""The routed experts of one layer, quantized, forward and backward by hand: a few of them are dequantized at a time.
+Works with at most `working_bytes` above inputs and outputs, however many experts there are.
+
+Between the passes nothing is kept but the inputs: hidden states, which experts each token chose, and how they weigh.
+The backward pass computes the rest once more (6 matmuls an expert, where 3 would do): kept, it would take K times the
+input. Both passes add up in the order in which autograd does, so on CPU their results are those of autograd through
+the dequantized weights, to the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.expert_weights import MATRICES, ExpertMatrices
+
+# E experts, G of them in a group, T tokens, K experts a token, S = T * K assignments of a token to an expert, N of them
+# in a group, D hidden size, I intermediate size, R rank of an adapter; for either projection, I in and O out
+
+GROUP_BYTES = 64 * 2**20  # dequantized weights of a group; one expert of Qwen3.5-35B-A3B has 6 MiB
+
+
+class FrozenExperts(nn.Module):
+    """Stands in for `layer.mlp.experts`: the sum of each token's experts, weighted. No weight is ever trained.
+
+    Gradients flow to the hidden states and to the routing weights.
+
+    Args:
+        base: how the weights are stored, a key of `expert_weights.MATRICES`; they arrive through `put`.
+        dtype: in which they multiply.
+    """
+
+    def __init__(
+        self, num_experts: int, hidden: int, intermediate: int, base: str, dtype: torch.dtype, device: Any
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.hidden, self.intermediate, self.dtype = num_experts, hidden, intermediate, dtype
+        self.gate_up_proj = MATRICES[base]((num_experts, 2 * intermediate, hidden), dtype, device)
+        self.down_proj = MATRICES[base]((num_experts, hidden, intermediate), dtype, device)
+        self.group_size = max(GROUP_BYTES // (3 * intermediate * hidden * dtype.itemsize), 1)  # experts
+        self.tokens_E: Tensor | None = None  # tokens of each expert, in training, counted once zeros are put here
+
+    def put(self, e: int, gate_up_2ID: Tensor, down_DI: Tensor) -> None:
+        """Takes the weights of expert `e` as the checkpoint stores them, the gate's rows first."""
+        self.gate_up_proj.put(e, gate_up_2ID)
+        self.down_proj.put(e, down_DI)
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """What transformers' experts compute: [T, D] from hidden states, chosen experts and how they weigh."""
+        return ExpertsFunction.apply(x_TD, weight_TK, index_TK, self, 0.0, None, None, None, None)
+
+
+def working_bytes(experts: FrozenExperts, num_tokens: int, experts_per_token: int) -> int:
+    """The most that forward or backward allocate above inputs and outputs (adapters' copies and gradients apart).
+
+    The weights of one group, dequantized; the rows of one group, of which there are never more than tokens; and the
+    sorted assignments. Of the number of experts it depends by 16 bytes each.
+    """
+    per_expert = 3 * experts.intermediate * experts.hidden
+    weights = experts.group_size * per_expert * (experts.dtype.itemsize + 4 / 64 + 1 / 64)  # absmax, float32 and uint8
+    rows = num_tokens * (6 * experts.hidden + 8 * experts.intermediate) * experts.dtype.itemsize
+    return int(weights) + rows + num_tokens * experts_per_token * 5 * 8 + 16 * (experts.num_experts + 1)
+
+
+# Which rows go to which expert
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring experts that are dequantized together, and their assignments in the sorted order."""
+
+    first: int
+    counts: tuple[int, ...]  # assignments of each of its experts, none of them 0
+    start: int  # its first assignment
+    stops_G: Tensor  # where each expert's assignments end, counted from `start`; int32, on the device
+
+    @property
+    def experts(self) -> slice:
+        return slice(self.first, self.first + len(self.counts))
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + sum(self.counts))
+
+
+def route(index_TK: Tensor, num_experts: int, group_size: int) -> tuple[Tensor, Tensor, list[Group]]:
+    """Sorts the assignments by expert, then by token, and forms the groups. Waits for the device, once.
+
+    Returns:
+        Positions [S] in the flattened index_TK, the number of tokens of each expert [E], and the groups.
+    """
+    expert_S, order_S = index_TK.flatten().sort(stable=True)
+    bounds_E1 = torch.searchsorted(expert_S, torch.arange(num_experts + 1, device=expert_S.device))
+    bounds = bounds_E1.tolist()
+    counts_E = bounds_E1.diff()
+    groups = [
+        Group(first, tuple(stop - start for start, stop in zip(bounds[first:last], bounds[first + 1 : last + 1])),
+              bounds[first], (bounds_E1[first + 1 : last + 1] - bounds_E1[first]).int())
+        for first, last in spans(bounds, group_size, max_rows=len(index_TK))
+    ]
+    return order_S, counts_E, groups
+
+
+def spans(bounds: Sequence[int], group_size: int, max_rows: int) -> Iterator[tuple[int, int]]:
+    """Runs of experts that have assignments, at most `group_size` experts and `max_rows` assignments in one.
+
+    Args:
+        bounds: the assignments of expert e are those from bounds[e] to bounds[e + 1].
+    """
+    first = 0
+    for e in range(len(bounds) - 1):
+        is_idle = bounds[e] == bounds[e + 1]
+        if first < e and (is_idle or e - first == group_size or bounds[e + 1] - bounds[first] > max_rows):
+            yield first, e
+            first = e
+        if is_idle:
+            first = e + 1
+    if first < len(bounds) - 1:
+        yield first, len(bounds) - 1
+
+
+# Forward and backward
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """Sum over a token's experts of weight * down(silu(gate(x)) * up(x)). The adapters are peft's tensors or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_TK: Tensor, index_TK: Tensor, experts: FrozenExperts, scaling: float,
+        gate_up_a: Tensor | None, gate_up_b: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
+    ) -> Tensor:
+        order_S, counts_E, groups = route(index_TK, experts.num_experts, experts.group_size)
+        if experts.tokens_E is not None and experts.training:
+            experts.tokens_E += counts_E
+        gate_up_lora = Adapter.of(gate_up_a, gate_up_b, scaling, experts.num_experts)
+        down_lora = Adapter.of(down_a, down_b, scaling, experts.num_experts)
+        out_TD = torch.zeros_like(x_TD)
+        for group in groups:
+            order_N = order_S[group.rows]
+            token_N = order_N // index_TK.shape[1]
+            gate_up = Projection(experts.gate_up_proj, gate_up_lora, group)
+            gate_NI, up_NI = gate_up.forward(x_TD[token_N]).chunk(2, dim=-1)
+            h_NI = F.silu(gate_NI).mul_(up_NI)
+            down = Projection(experts.down_proj, down_lora, group)
+            y_ND = down.forward(h_NI).mul_(weight_TK.flatten()[order_N, None])
+            add_rows(out_TD, token_N, y_ND, group.counts)
+            del gate_up, down  # before the next group's, so that there is one at a time
+        ctx.save_for_backward(x_TD, weight_TK, index_TK, gate_up_a, gate_up_b, down_a, down_b)
+        ctx.experts, ctx.scaling = experts, scaling
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_TK, index_TK, gate_up_a, gate_up_b, down_a, down_b = ctx.saved_tensors
+        experts: FrozenExperts = ctx.experts
+        order_S, _, groups = route(index_TK, experts.num_experts, experts.group_size)
+        gate_up_lora = Adapter.of(gate_up_a, gate_up_b, ctx.scaling, experts.num_experts, with_grads=True)
+        down_lora = Adapter.of(down_a, down_b, ctx.scaling, experts.num_experts, with_grads=True)
+        dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[0] else None
+        dweight_S = torch.zeros_like(weight_TK).flatten() if ctx.needs_input_grad[1] else None
+        for group in reversed(groups):
+            order_N = order_S[group.rows]
+            token_N = order_N // index_TK.shape[1]
+            gate_up = Projection(experts.gate_up_proj, gate_up_lora, group)
+            x_ND = x_TD[token_N]
+            gate_NI, up_NI = gate_up.forward(x_ND).chunk(2, dim=-1)
+            act_NI = F.silu(gate_NI)
+            h_NI = act_NI * up_NI
+            down = Projection(experts.down_proj, down_lora, group)
+            dy_ND = dout_TD[token_N]
+            if dweight_S is not None:
+                dweight_S[order_N] = down.forward(h_NI).mul_(dy_ND).sum(dim=-1)
+            dy_ND.mul_(weight_TK.flatten()[order_N, None])
+            dh_NI = down.backward(dy_ND, h_NI)
+            del h_NI, dy_ND, down  # what is next takes as much again
+            dup_NI = dh_NI * act_NI
+            dgate_NI = torch.ops.aten.silu_backward(dh_NI.mul_(up_NI), gate_NI)
+            dgate_up_NO = torch.cat([dgate_NI, dup_NI], dim=-1)
+            del gate_NI, up_NI, act_NI, dh_NI, dgate_NI, dup_NI
+            dx_ND = gate_up.backward(dgate_up_NO, x_ND)
+            del gate_up, x_ND, dgate_up_NO
+            if dx_TD is not None:
+                add_rows(dx_TD, token_N, dx_ND, group.counts, last_first=True)
+        dweight_TK = None if dweight_S is None else dweight_S.view_as(weight_TK)
+        return dx_TD, dweight_TK, None, None, None, *grads_of(gate_up_lora), *grads_of(down_lora)
+
+
+class Adapter:
+    """Low-rank updates of one projection of all experts, and their gradients where these are wanted."""
+
+    def __init__(self, a: Tensor, b: Tensor, scaling: float, num_experts: int, with_grads: bool) -> None:
+        self.a, self.b, self.scaling, self.num_experts = a, b, scaling, num_experts
+        self.da = torch.zeros_like(a) if with_grads else None
+        self.db = torch.zeros_like(b) if with_grads else None
+
+    @classmethod
+    def of(cls, a: Tensor | None, b: Tensor | None, scaling: float, num_experts: int,
+           with_grads: bool = False) -> Adapter | None:
+        return None if a is None or b is None else cls(a, b, scaling, num_experts, with_grads)
+
+    def put_grads(self, group: Group, da_GRI: Tensor, db_GOR: Tensor) -> None:
+        assert self.da is not None and self.db is not None
+        self.a_GRI(self.da, group.experts).copy_(da_GRI)
+        self.b_GOR(self.db, group.experts).copy_(db_GOR)
+
+    def a_GRI(self, a: Tensor, experts: slice) -> Tensor:
+        """A group's share of A, or of its gradient, in peft's layout: the experts below each other."""
+        return a.view(self.num_experts, -1, a.shape[-1])[experts]
+
+    def b_GOR(self, b: Tensor, experts: slice) -> Tensor:
+        """A group's share of B, or of its gradient, in peft's layout: the experts side by side for each rank."""
+        return b.view(b.shape[0], -1, self.num_experts)[..., experts].permute(2, 0, 1)
+
+
+def grads_of(adapter: Adapter | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if adapter is None else (adapter.da, adapter.db)
+
+
+class Projection:
+    """One projection of a group's experts, dequantized: y = x W^T + scaling * x A^T B^T, each row with its expert's."""
+
+    def __init__(self, matrices: ExpertMatrices, adapter: Adapter | None, group: Group) -> None:
+        self.w_GOI = matrices.dequantize(group.experts.start, group.experts.stop)
+        self.group, self.adapter = group, adapter
+        if adapter is not None:
+            self.a_GRI = adapter.a_GRI(adapter.a, group.experts).to(matrices.dtype)
+            self.b_GOR = adapter.b_GOR(adapter.b, group.experts).to(matrices.dtype).contiguous()
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        y_NO = grouped_matmul(x_NI, self.w_GOI.transpose(1, 2), self.group)
+        if self.adapter is not None:
+            h_NR = grouped_matmul(x_NI, self.a_GRI.transpose(1, 2), self.group)
+            y_NO.add_(grouped_matmul(h_NR, self.b_GOR.transpose(1, 2), self.group), alpha=self.adapter.scaling)
+        return y_NO
+
+    def backward(self, dy_NO: Tensor, x_NI: Tensor) -> Tensor:
+        """The input's gradient; the adapter's are put where they belong."""
+        dx_NI = grouped_matmul(dy_NO, self.w_GOI, self.group)
+        if self.adapter is not None:
+            h_NR = grouped_matmul(x_NI, self.a_GRI.transpose(1, 2), self.group)
+            dh_NR = grouped_matmul(dy_NO, self.b_GOR, self.group).mul_(self.adapter.scaling)
+            dx_NI += grouped_matmul(dh_NR, self.a_GRI, self.group)
+            self.adapter.put_grads(self.group, grouped_outer(dh_NR, x_NI, self.group),
+                                   grouped_outer(dy_NO, h_NR, self.group) * self.adapter.scaling)
+        return dx_NI
+
+
+def grouped_matmul(x_NI: Tensor, w_GIO: Tensor, group: Group) -> Tensor:
+    """Each row times its expert's matrix: [N, O]. One kernel where there is one, else one matmul an expert."""
+    if has_grouped_kernel(x_NI, w_GIO):
+        return F.grouped_mm(x_NI, w_GIO, offs=group.stops_G)
+    y_NO = x_NI.new_empty(len(x_NI), w_GIO.shape[2])
+    for x, w, y in zip(x_NI.split(group.counts), w_GIO, y_NO.split(group.counts)):
+        if x.is_cuda:
+            torch.mm(x, w, out=y)
+        else:
+            y.copy_((padded(x) @ w)[: len(x)])
+    return y_NO
+
+
+def add_rows(sum_TD: Tensor, token_N: Tensor, y_ND: Tensor, counts: tuple[int, ...], last_first: bool = False) -> None:
+    """Adds each row to its token's. On CPU expert by expert in autograd's order, which decides what bf16 rounds to."""
+    if sum_TD.is_cuda:
+        sum_TD.index_add_(0, token_N, y_ND)
+        return
+    by_expert = list(zip(token_N.split(counts), y_ND.split(counts)))
+    for token, y in reversed(by_expert) if last_first else by_expert:
+        sum_TD.index_add_(0, token, y)
+
+
+def grouped_outer(a_NO: Tensor, b_NI: Tensor, group: Group) -> Tensor:
+    """Sum over an expert's rows of the outer products: [G, O, I]."""
+    return torch.stack([padded(a).T @ padded(b) for a, b in zip(a_NO.split(group.counts), b_NI.split(group.counts))])
+
+
+def padded(x_NI: Tensor) -> Tensor:
+    """On CPU in bf16, zero rows up to one of four numbers an octave: oneDNN compiles a kernel for every number of rows
+    it meets, which takes 1 ms and 0.7 MB, and the routing brings new ones in every step."""
+    if x_NI.is_cuda or x_NI.dtype != torch.bfloat16:
+        return x_NI
+    step = max(2 ** (len(x_NI).bit_length() - 3), 16)
+    return F.pad(x_NI, (0, 0, 0, -len(x_NI) % step))
+
+
+def has_grouped_kernel(x_NI: Tensor, w_GIO: Tensor) -> bool:
+    """Whether torch multiplies groups in one kernel: bf16 on Hopper and data-center Blackwell, rows of 16 bytes.
+
+    Elsewhere `F.grouped_mm` is the loop above, and waits for the device besides
+    (https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/GroupedBlas.cpp).
+    """
+    return (x_NI.is_cuda and x_NI.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+            and all(size % 8 == 0 for size in w_GIO.shape[1:])
+            and torch.cuda.get_device_capability(x_NI.device)[0] in (9, 10))
+
+
+# Adapters
+
+
+class ProjectionAdapter(nn.Module):
+    """Trained low-rank updates of one projection, in float32 and in peft's layout; B starts at zero."""
+
+    def __init__(self, a_XI: Tensor, num_out: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(a_XI)
+        self.lora_B = nn.Parameter(torch.zeros(num_out, a_XI.shape[0], device=a_XI.device))
+
+
+class LoraExperts(ProjectionAdapter):
+    """Routed experts with a trained low-rank update each.
+
+    Named as peft names those of `target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`: the
+    update of down_proj is this module's own, that of gate_up_proj its base_layer's.
+
+    Args:
+        gate_up_a_XD, down_a_XI: first values of A, the experts' below each other: [E * R, ...].
+    """
+
+    def __init__(self, base: FrozenExperts, gate_up_a_XD: Tensor, down_a_XI: Tensor, scaling: float) -> None:
+        super().__init__(down_a_XI, base.hidden)
+        self.base, self.scaling = base, scaling
+        self.base_layer = ProjectionAdapter(gate_up_a_XD, 2 * base.intermediate)
+        self.enabled = True
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x_TD, index_TK, weight_TK)
+        return ExpertsFunction.apply(
+            x_TD, weight_TK, index_TK, self.base, self.scaling,
+            self.base_layer.lora_A, self.base_layer.lora_B, self.lora_A, self.lora_B)

@@ -1,0 +1,80 @@
+"""Frozen linears: row slices hold the bits that bitsandbytes makes of the whole weight, and multiply as they dequantize."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes import functional as bnb
+
+from model.quant import LINEARS
+
+CPU = torch.device("cpu")
+NUM_OUT, NUM_IN = 96, 200  # 200: blocks of 64 run through row ends
+CUTS = [(96,), (1,) * 96, (7, 64, 25), (50, 46)]
+
+
+def weight():
+    torch.manual_seed(0)
+    return (torch.randn(NUM_OUT, NUM_IN) * torch.logspace(-2, 1, NUM_OUT)[:, None]).bfloat16()
+
+
+def filled(base, cuts=(96,), dtype=torch.float32):
+    linear = LINEARS[base](NUM_IN, NUM_OUT, dtype, CPU)
+    start = 0
+    for rows in weight().split(list(cuts)):
+        linear.put(start, rows)
+        start += len(rows)
+    return linear
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_int8_rows_are_bitsandbytes_bits(cuts):
+    linear = filled("int8", cuts)
+    quantized, absmax, _ = bnb.int8_vectorwise_quant(weight().half())
+    assert torch.equal(linear.weight, quantized)
+    assert torch.equal(linear.scale_O, absmax / 127)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_nf4_rows_are_bitsandbytes_bits_double_quantized(cuts):
+    linear = filled("nf4", cuts, torch.bfloat16)
+    packed, state = bnb.quantize_4bit(weight(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(linear.packed, packed)
+    assert torch.equal(linear.state.absmax, state.absmax)
+    assert torch.equal(linear.state.offset, state.offset)
+    assert torch.equal(linear.state.state2.absmax, state.state2.absmax)
+    assert torch.equal(linear.dequantize(), bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("base, error", (("int8", 0.01), ("nf4", 0.12), ("float32", 1e-9)))
+def test_the_weight_comes_back(base, error):
+    truth = weight().float()
+    assert ((filled(base).dequantize() - truth).norm() / truth.norm()).item() < error
+
+
+@pytest.mark.parametrize("base", sorted(LINEARS))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_forward_and_backward_are_those_of_the_dequantized_weight(base, dtype):
+    linear = filled(base, dtype=dtype)
+    linear.bias = torch.randn(NUM_OUT).to(dtype)
+    x, dy = torch.randn(2, 5, NUM_IN).to(dtype).requires_grad_(), torch.randn(2, 5, NUM_OUT).to(dtype)
+    dequantized = linear.dequantize()
+    assert dequantized.dtype == dtype
+    y, expected = linear(x), F.linear(x, dequantized, linear.bias)
+    (dx,), (expected_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    for found, truth in ((y, expected), (dx, expected_dx)):
+        assert ((found - truth).float().norm() / truth.float().norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("base, bytes_a_weight", (("int8", 1.03), ("nf4", 0.52 + 0.02), ("bf16", 2.01)))
+def test_what_a_weight_costs(base, bytes_a_weight):
+    linear = LINEARS[base](1024, 1024, torch.bfloat16, CPU)
+    linear.put(0, torch.randn(1024, 1024))
+    tensors = list(linear.buffers())
+    if base == "nf4":
+        tensors += [linear.state.absmax, linear.state.state2.absmax, linear.state.state2.code, linear.state.code]
+    assert sum(t.nbytes for t in tensors) < bytes_a_weight * 2**20
+
+
+def test_nothing_but_the_input_is_differentiated():
+    assert not list(filled("int8").parameters())
