@@ -8,6 +8,7 @@ usage() {
 bash launch.sh demo                   train a real 135M model on this machine, CPU is enough (about 5 minutes)
 bash launch.sh test                   run all tests
 bash launch.sh 4b  [key=value ...]    Qwen3-4B-Thinking-2507, int8 + LoRA, data-parallel over every visible GPU
+bash launch.sh 35b [key=value ...]    Qwen3.5-35B-A3B, nf4 + LoRA, split over two GPUs
 EOF
 }
 
@@ -19,14 +20,14 @@ setup() {
   local extras=$1 alone=${2:-} python stamp
   stamp=".venv/.ready-$(cat setup.cfg constraints.txt launch.sh | sha256sum | cut -c1-16)-${extras//,/-}"
   [ -f "$stamp" ] && return
-  if [ ! -x .venv/bin/python ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # not there, or cut short when it was made
     for python in python3.13 python3.12 python3.11 python3; do
       "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
       python=""
     done
     [ -n "$python" ] || fail "no Python 3.11 or newer found; install one (Debian, Ubuntu: apt install python3.11 python3.11-venv)"
     echo "setting up .venv with $($python --version), once; this takes a few minutes ..."
-    "$python" -m venv .venv || fail "$python has no venv module (Debian, Ubuntu: apt install $python-venv)"
+    "$python" -m venv --clear .venv || fail "$python has no venv module (Debian, Ubuntu: apt install $python-venv)"
   fi
   {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" &&
@@ -38,15 +39,25 @@ setup() {
 
 # The value of KEY=... among the arguments, else of the first `KEY: value` in the configuration.
 setting() {
-  local override=$1 pattern=$2 config=$3 argument
+  local override=$1 pattern=$2 config=$3 argument value
   shift 3
+  value=$(grep -oE "$pattern: *[^,} ]+" "$config" | head -n 1 | sed 's/^[^:]*: *//')
   for argument in "$@"; do
-    [[ $argument == "$override="* ]] && { echo "${argument#*=}"; return; }
+    [[ $argument == "$override="* ]] && value=${argument#*=}  # the last one counts
   done
-  grep -oE "$pattern: *[^,} ]+" "$config" | head -n 1 | sed 's/^[^:]*: *//'
+  echo "${value/#\~/$HOME}"
 }
 
-num_gpus() { nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; }
+# GPUs that training will see; CUDA_VISIBLE_DEVICES hides the others.
+num_gpus() {
+  if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    echo 0
+  elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cvE '^(-.*)?$' || true
+  else
+    nvidia-smi -L | grep -c '^GPU'
+  fi
+}
 
 command=${1:-}
 [ $# -gt 0 ] && shift
@@ -75,12 +86,9 @@ EOF
     setup test
     .venv/bin/python -m pytest "$@"
     ;;
-  4b)
-    config=configs/4b.yaml
+  4b | 35b)
+    config=configs/$command.yaml
     visible=$(num_gpus)
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-      visible=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
-    fi
     problems=()
     [ "$visible" -gt 0 ] || problems+=("no NVIDIA GPU is visible (nvidia-smi -L lists none, or CUDA_VISIBLE_DEVICES hides it). Without one: bash launch.sh demo")
     for split in train eval; do
@@ -94,6 +102,9 @@ EOF
     setup plots
     model=$(setting model.path path <(grep '^model:' "$config") "$@")
     .venv/bin/python -m model.fetch "$model" >/dev/null
+    if [ "$command" = 35b ]; then
+      exec .venv/bin/python pipeline_train.py --config "$config" "$@"  # starts a process a stage itself
+    fi
     exec .venv/bin/python -m loop.launch --standalone --nproc-per-node "$visible" train.py --config "$config" "$@"
     ;;
   "" | help | -h | --help) usage ;;

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from tqdm import tqdm
-
 from data.batches import Batches
 from loop import accumulate
 from loop.config import parse_command_line
 from loop.errors import run_command
 from loop.evaluate import evaluate
 from loop.fit import fit
-from loop.metrics import RunLog
+from loop.metrics import LoadingBar, RunLog
 from loop.optim import make_optimizer
 from loop.ranks import Ranks
 from loop.run import course, load_splits, prepare_directory, resume, save
@@ -34,32 +32,28 @@ def main() -> None:
     ranks.on_main(lambda: prepare_directory(config, log.say))
 
     train_rows, eval_rows = load_splits(config, model_dir, ranks)
-    shares = (config.train.rows_per_step, config.train.microbatch_tokens, ranks.rank, ranks.world_size)
+    shares = (config.train.rows_per_step, config.train.microbatch_tokens, ranks.replica, ranks.num_replicas)
     train_batches, eval_batches = Batches(train_rows, *shares), Batches(eval_rows, *shares)
 
-    with tqdm(desc="loading", unit="B", unit_scale=True, disable=None if ranks.is_main else True, leave=False) as bar:
+    with LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
         stage = build(
             model_dir, config.model.base, config.lora,
-            seed=config.train.seed, device=ranks.device, recompute=config.train.recompute, progress=bar.update,
+            seed=config.train.seed, device=ranks.device, recompute=config.train.recompute, progress=bar.advance,
         )
     if config.train.router_stats:
         start_counting(stage.model)
     adapters = stage.adapters()
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
-    settings = course(config, train_rows)
+    settings = course(config, train_rows, eval_rows)
     done = resume(config, settings, adapters, optimizer, ranks, log.say)
-
-    def save_checkpoint(step: int, eval_loss: float) -> None:
-        if ranks.is_main:
-            log.sync()
-            log.say(f"saved {save(config, step, eval_loss, settings, adapters, optimizer)}")
 
     log.say(describe(train_batches, ranks, sum(p.numel() for p in adapters.values())))
     fit(
         config.train, done, train_batches, adapters, optimizer,
         forward_backward=partial(accumulate.forward_backward, stage),
         evaluate=lambda: evaluate(eval_batches, config.eval.max_rows, partial(accumulate.forward_only, stage), ranks),
-        save=save_checkpoint, eval_every=config.eval.every, save_every=config.checkpoint.every,
+        save=lambda step, eval_loss: save(config, step, eval_loss, settings, adapters, optimizer, ranks, log),
+        eval_every=config.eval.every, save_every=config.checkpoint.every,
         ranks=ranks, log=log,
         load_balance=partial(load_balance, stage.model, ranks.all_reduce) if config.train.router_stats else None,
     )

@@ -35,10 +35,14 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, think: str) -> None:
         name = tokenizer.name_or_path
-        if not tokenizer.chat_template:
-            raise ValueError(f"{name}: the tokenizer has no chat template. Use an instruction-tuned (chat) model")
+        if not isinstance(tokenizer.chat_template, str):
+            found = f"several named ones: {', '.join(tokenizer.chat_template)}" if tokenizer.chat_template else "none"
+            raise ValueError(f"{name}: expected one chat template, found {found}. Use an instruction-tuned (chat) model")
         if STOP_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"{name}: the tokenizer has no {STOP_TOKEN}. Only ChatML models (Qwen, SmolLM2) are supported")
+        # a tokenizer.json may ask for either, and both would change ids and masks without a word
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.think = think
         self.stop_id: int = tokenizer.convert_tokens_to_ids(STOP_TOKEN)

@@ -76,7 +76,7 @@ def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterato
         ValueError: the file is missing, is a directory, or may not be read.
     """
     try:
-        file = open(path, "rb")
+        file = open(Path(path).expanduser(), "rb")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}. Expected a JSONL file of chat rows, one row a line") from None
     with file:
@@ -98,12 +98,14 @@ def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterato
 def parse_json(raw: bytes, first: bool) -> dict:
     """Decodes one line; a byte order mark at the head of the file is passed over."""
     try:
-        text = raw.decode("utf-8-sig" if first else "utf-8")
+        text = raw.rstrip(b"\r\n").decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
         raise BadRow("not UTF-8", f"byte 0x{raw[error.start]:02x} at position {error.start}") from None
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise BadRow("not JSON", f"{error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
         raise BadRow("not JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", f"found {type(record).__name__}")
@@ -114,6 +116,7 @@ def read_source(record: dict) -> str:
     metadata = record.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("source"), str):
         raise BadRow("metadata.source missing", f"metadata is {str(metadata)[:80]}")
+    check_unicode("metadata.source", metadata["source"])
     return metadata["source"]
 
 
@@ -145,10 +148,15 @@ def check_message(index: int, message: object) -> None:
     content = message.get("content")
     if not isinstance(content, str):
         raise BadRow("message without text", f"messages[{index}].content is {str(content)[:80]}, expected a string")
+    check_unicode(f"messages[{index}].content", content)
+
+
+def check_unicode(where: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer can read."""
     try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer can read
-        raise BadRow("not UTF-8", f"messages[{index}].content holds an unpaired surrogate") from None
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow("not UTF-8", f"{where} holds an unpaired surrogate") from None
 
 
 def check_order(roles: list[str]) -> None:

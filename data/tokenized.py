@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Iterable, Iterator
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from data.chat import ChatFormat, Example
 from data.records import DataConfig, Dropped, Row, read_rows
 
-FORMAT = 1  # raise it when ids or masks of the same rows change, so that old caches are not read
+FORMAT = 2  # raise it when ids or masks of the same rows change, so that old caches are not read
 ROWS_AT_ONCE = 512
 MAX_ERRORS_SHOWN = 5
 
@@ -93,34 +92,36 @@ class TokenizedRows:
         return cls(meta["path"], ids_N, supervised_N, starts_E1, lines_E, sources_E, meta["sources"], counts)
 
 
-def load_rows(path: str, tokenizer: Any, config: DataConfig, cache_dir: Path | None) -> TokenizedRows:
-    """Tokenizes a JSONL file, or reads what an earlier run made of the same file with the same settings.
+def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -> TokenizedRows:
+    """Tokenizes the file of a split (`train` or `eval`), or reads what was made of the same rows and settings before.
 
     Raises:
-        ValueError: what `tokenize` raises.
+        ValueError: what `tokenize` and `ChatFormat` raise; or the cache cannot be written.
     """
-    if cache_dir is None:
-        return tokenize(path, tokenizer, config)
-    split = Path(path).stem
+    path = {"train": config.train, "eval": config.eval}[split]
+    ChatFormat(tokenizer, config.think)  # says what is wrong with a tokenizer before anything is asked of it
     cached = cache_dir / f"{split}-{fingerprint(path, tokenizer, config)}.safetensors"
     try:
-        return TokenizedRows.from_tensors(load_file(cached))
+        return replace(TokenizedRows.from_tensors(load_file(cached)), path=path)
     except (FileNotFoundError, SafetensorError, KeyError):
         pass  # not made yet, or cut short: made again
     rows = tokenize(path, tokenizer, config)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    for outdated in cache_dir.glob(f"{split}-*.safetensors"):
-        outdated.unlink(missing_ok=True)
-    partial = cached.with_suffix(f".{os.getpid()}.partial")
-    save_file(rows.to_tensors(), partial)
-    partial.replace(cached)
+    partial = cached.with_suffix(".partial")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        for outdated in cache_dir.glob(f"{split}-*"):
+            outdated.unlink(missing_ok=True)
+        save_file(rows.to_tensors(), partial)
+        partial.replace(cached)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{cached}: could not be written ({error}). Make room, or run where it can be written") from None
     return rows
 
 
 def fingerprint(path: str, tokenizer: Any, config: DataConfig) -> str:
     """A hash of data, tokenizer, template and policy: whatever decides the ids and masks."""
     try:
-        with open(path, "rb") as file:
+        with open(Path(path).expanduser(), "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}. Expected a JSONL file of chat rows, one row a line") from None
@@ -159,7 +160,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 def with_progress(path: str, rows: Iterator[Row | Dropped]) -> Iterator[Row | Dropped]:
     """A bar over the lines of the file; it stays away where nobody watches."""
-    with open(path, "rb") as file:
+    with open(Path(path).expanduser(), "rb") as file:
         num_lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     with tqdm(total=num_lines, unit="row", desc=f"tokenizing {Path(path).name}", disable=None, leave=False) as bar:
         for row in rows:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,6 +52,25 @@ def save(run_dir: Path, saved: Saved, keep: int) -> Path:
     path = run_dir / f"step-{saved.state['step']:08d}"
     partial = run_dir / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_files(partial, saved)
+        if path.exists():  # an unverifiable one of the same step, left from before a resume
+            shutil.rmtree(path)
+        partial.rename(path)
+        sync(run_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(run_dir).free / 1e9
+        raise ValueError(
+            f"{path}: could not be written ({error}); {free:.1f} GB are free. Make room and give the same command again: "
+            "it continues from the newest checkpoint"
+        ) from None
+    rotate(run_dir, keep, just_saved=path)
+    return path
+
+
+def write_files(partial: Path, saved: Saved) -> None:
+    """All files of a checkpoint, synced, the manifest last."""
     partial.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in saved.adapter.items()}, partial / ADAPTER, {"format": "pt"})
     save_file({name: tensor.clone() for name, tensor in saved.optimizer.items()}, partial / OPTIMIZER)
@@ -59,29 +80,27 @@ def save(run_dir: Path, saved: Saved, keep: int) -> Path:
     write_json(partial / MANIFEST, {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files})
     for file in [*files, partial / MANIFEST, partial]:
         sync(file)
-    if path.exists():  # an unverifiable one of the same step, left from before a resume
-        shutil.rmtree(path)
-    partial.rename(path)
-    sync(run_dir)
-    rotate(run_dir, keep)
-    return path
 
 
-def rotate(run_dir: Path, keep: int) -> None:
+def rotate(run_dir: Path, keep: int, just_saved: Path) -> None:
     """Removes all but the `keep` best by held-out loss and the newest, by step number and never by clock."""
     checkpoints = list_checkpoints(run_dir)
-    losses = {}
-    for path in checkpoints:
-        try:
-            losses[path] = json.loads((path / STATE).read_text())["eval_loss"]
-        except (OSError, ValueError, KeyError):
-            losses[path] = float("inf")
-    kept = set(sorted(checkpoints, key=lambda path: (losses[path], path.name))[:keep]) | set(checkpoints[-1:])
+    best_first = sorted(checkpoints, key=lambda path: (eval_loss(path), path.name))
+    kept = {*best_first[:keep], *checkpoints[-1:], just_saved}
     for path in checkpoints:
         if path not in kept:
             # renamed first, so that a crash half way leaves no checkpoint with files missing
             doomed = path.rename(run_dir / f".{path.name}.removed")
             shutil.rmtree(doomed)
+
+
+def eval_loss(path: Path) -> float:
+    """A checkpoint's held-out loss; infinite where it is not a number or cannot be read."""
+    try:
+        loss = json.loads((path / STATE).read_text())["eval_loss"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
+    return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -90,14 +109,18 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest(run_dir: Path, warn: Any = print) -> Path | None:
-    """The newest checkpoint that verifies; a damaged one is named and passed over. Clears what a crash left half done."""
+    """The newest checkpoint that verifies. Damaged ones are named and moved out of the way, as `.step-NNNNNNNN.damaged`;
+    what a crash left half done is cleared."""
     for leftover in [*run_dir.glob(".step-*.partial"), *run_dir.glob(".step-*.removed")]:
         shutil.rmtree(leftover, ignore_errors=True)
     for path in reversed(list_checkpoints(run_dir)):
         problem = verify(path)
         if problem is None:
             return path
-        warn(f"checkpoint passed over: {problem}")
+        aside = path.with_name(f".{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        warn(f"checkpoint passed over, now {aside}: {problem}")
     return None
 
 
@@ -110,7 +133,7 @@ def best(run_dir: Path) -> Path:
     verified = [path for path in list_checkpoints(run_dir) if verify(path) is None]
     if not verified:
         raise ValueError(f"{run_dir}: no checkpoint there. Expected a run's directory with step-NNNNNNNN directories")
-    return min(verified, key=lambda path: json.loads((path / STATE).read_text())["eval_loss"])
+    return min(verified, key=eval_loss)
 
 
 def verify(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from loop.checkpoint import CheckpointConfig
 from loop.evaluate import EvalConfig
 from loop.fit import TrainConfig
 from loop.ranks import DistributedConfig
+from loop.split import PipelineConfig
 from model.build import ModelConfig
 from model.lora import LoraConfig
 
@@ -37,6 +38,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: Literal["auto", "never", "force"] = "auto"  # continue the run in its directory, start anew, or continue anyway
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # for pipeline_train.py
     log: str = "/tmp/chess-train.log"  # the console's lines, appended
 
     def __post_init__(self) -> None:
@@ -49,15 +51,25 @@ class Config:
 
 
 def parse_command_line(description: str, argv: list[str] | None = None) -> Config:
-    """`--config FILE [key=value ...]`, as both entry points take it."""
+    """`--config FILE [key=value ...]`."""
     parser = argparse.ArgumentParser(description=description)
     add_config_arguments(parser)
     args = parser.parse_args(argv)
     return load_config(args.config, args.overrides)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/4b.yaml")
+def parse_pipeline_command_line(description: str, argv: list[str] | None = None) -> Config:
+    """The same, with `--split CUTS` short for `pipeline.split=CUTS`, and a configuration by default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--split", metavar="CUTS", help="sublayers where stages 1, 2, ... begin: 40 | 30,60 | auto")
+    add_config_arguments(parser, default="configs/35b.yaml")
+    args = parser.parse_intermixed_args(argv)
+    split = [] if args.split is None else [f"pipeline.split={args.split}"]
+    return load_config(args.config, [*args.overrides, *split])
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument("--config", required=default is None, default=default, metavar="FILE", help="such as configs/4b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.learning_rate=2e-4")
 
 

@@ -19,10 +19,14 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted. The same command continues from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK") or not is_for_user(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""THE loop: every optimizer step of a run, in sight. `train.py` wires it; nothing stands between it and `step()`."""
+"""THE loop: every optimizer step of a run, in sight. The entry points wire it; nothing stands between it and `step()`."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def fit(
     ranks: Ranks,
     log: RunLog,
     load_balance: Callable[[], dict[str, Any]] | None = None,
+    timings: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Trains from after step `done` to the end.
 
@@ -75,6 +76,7 @@ def fit(
         evaluate: held-out loss, overall and by source.
         save: writes the checkpoint of a step and its held-out loss.
         load_balance: how evenly experts were used in the step, by layer (see model/balance.py).
+        timings: more to record of each step (see gpipe.py).
 
     Raises:
         ValueError: loss or gradients were not finite in 5 steps in a row.
@@ -108,6 +110,7 @@ def fit(
             "rows": batch.num_rows, "tokens": batch.num_tokens, "supervised_tokens": batch.num_supervised_tokens,
             "microbatches": len(batch.lines_by_slot), "microbatch_length": batch.length,
             "step_s": seconds, "tokens_per_s": batch.num_tokens / seconds, "peak_gib": peak_gib(ranks.device),
+            **timings(),
         })
         if load_balance is not None:
             log.record({"step": step, "router": load_balance()})

@@ -32,8 +32,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(model_directory(config.model.path, weights=False))
     cache = config.run_dir / "data"
-    splits = {name: load_rows(path, tokenizer, config.data, cache)
-              for name, path in (("train", config.data.train), ("eval", config.data.eval))}
+    splits = {split: load_rows(split, tokenizer, config.data, cache) for split in ("train", "eval")}
     report = audit(splits, ChatFormat(tokenizer, config.data.think).stop_id)
     shown = [(splits["train"], index) for index in evenly_spaced(len(splits["train"]), args.rows)]
 

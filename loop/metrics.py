@@ -11,7 +11,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
+
+from loop.memory import peak_gib
+
+
+class LoadingBar(tqdm):
+    """How much of the weights was read, how fast, and the peak memory so far."""
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        super().__init__(desc="loading", unit="B", unit_scale=True, disable=None if enabled else True, leave=False)
+        self.device = device
+
+    def advance(self, num_bytes: int, total: int) -> None:
+        self.total = total
+        self.set_postfix_str(f"peak {peak_gib(self.device):.2f} GiB", refresh=False)
+        self.update(num_bytes)
 
 
 class RunLog:
@@ -42,8 +58,12 @@ class RunLog:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
         if self.log_file:
-            self.log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
-            self.log_file.flush()
+            try:
+                self.log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+                self.log_file.flush()
+            except OSError as error:  # training is worth more than its log
+                failed, self.log_file = self.log_file.name, None
+                self.say(f"the log ends here: {failed}: {error.strerror}")
 
     def start(self, done: int, total: int) -> None:
         """Opens metrics.jsonl, cut back to the step the run continues from, and the progress bar."""
@@ -56,8 +76,7 @@ class RunLog:
     def record(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; numbers are not rounded, and null where they are not finite."""
         if self.metrics:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self.metrics.write(json.dumps(finite) + "\n")
+            self.metrics.write(json.dumps(finite(values)) + "\n")
             self.metrics.flush()
 
     def step(self, total: int, values: dict[str, Any]) -> None:
@@ -86,7 +105,10 @@ class RunLog:
                 self.say("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
             self.no_curves = True
             return
-        draw(read_metrics(self.run_dir / "metrics.jsonl"), self.run_dir / "curves.png", title=self.run_dir.name)
+        try:
+            draw(read_metrics(self.run_dir / "metrics.jsonl"), self.run_dir / "curves.png", title=self.run_dir.name)
+        except OSError as error:
+            self.say(f"curves.png is not drawn: {error.strerror}")
 
     def sync(self) -> None:
         """Puts the metrics on the disk, before a checkpoint that relies on them."""
@@ -97,6 +119,13 @@ class RunLog:
         for closing in (self.bar, self.metrics, self.log_file):
             if closing is not None:
                 closing.close()
+
+
+def finite(value: Any) -> Any:
+    """The same with null for what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

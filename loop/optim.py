@@ -4,7 +4,7 @@ Costs 8 bytes a trained parameter for AdamW, 2 for the 8-bit one, and one bucket
 from __future__ import annotations
 
 import math
-from typing import Iterable, Literal
+from typing import Any, Iterable, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -20,10 +20,10 @@ def make_optimizer(
     name: Literal["adamw", "adamw8bit"], parameters: Iterable[nn.Parameter], weight_decay: float
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or bitsandbytes' with 8-bit moments (Dettmers et al. 2022)."""
-    parameters = list(parameters)
+    group: list[dict[str, Any]] = [{"params": list(parameters)}]  # as a group it may be empty: a stage without adapters
     if name == "adamw8bit":
-        return bnb.optim.AdamW8bit(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
-    return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
+        return bnb.optim.AdamW8bit(group, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
+    return torch.optim.AdamW(group, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, schedule: str) -> float:
@@ -42,7 +42,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def sync_and_clip(parameters: Iterable[nn.Parameter], max_norm: float, ranks: Ranks) -> Tensor:
-    """Sums gradients over ranks and scales them to a global norm of at most `max_norm`.
+    """Sums gradients over replicas, stage by stage, and scales them to a norm over all stages of at most `max_norm`.
 
     Returns:
         The norm before clipping; not finite on every rank if it is on one.
@@ -52,12 +52,14 @@ def sync_and_clip(parameters: Iterable[nn.Parameter], max_norm: float, ranks: Ra
         if parameter.grad is None:  # no microbatch of this step fell to this rank
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if ranks.world_size > 1:
+    if ranks.num_replicas > 1:
         for bucket in buckets(gradients):
-            flat = ranks.all_reduce(torch.cat([gradient.flatten() for gradient in bucket]))
+            flat = ranks.sum_replicas(torch.cat([gradient.flatten() for gradient in bucket]))
             for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
                 gradient.copy_(summed.view_as(gradient))
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norms_P = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0, device=ranks.device)
+    # the norm of all parameters' norms, so that its bits do not depend on the split
+    norm = torch.linalg.vector_norm(ranks.concatenate_stages(norms_P))
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 

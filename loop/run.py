@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,55 @@ from transformers import AutoTokenizer
 from data.tokenized import TokenizedRows, load_rows
 from loop import checkpoint
 from loop.config import Config, to_yaml
+from loop.metrics import RunLog
 from loop.optim import load_optimizer, optimizer_tensors
 from loop.ranks import Ranks
 from model.lora import peft_config, to_peft_name
 
-# settings that may change in the middle of a run without changing what it computes (beyond rounding)
+LOCK = ".lock"
+LOCKS: dict[Path, TextIO] = {}  # directories this process has taken, until it ends
+
+# settings that may change in the middle of a run without changing what it computes (beyond rounding, at dropout 0)
 FREE = ("train.microbatch_tokens", "train.recompute", "train.deterministic", "train.router_stats", "data.train", "data.eval")
 
 
 def prepare_directory(config: Config, say: Callable[[str], None]) -> None:
-    """Makes the run's directory; under `resume: never` an earlier run of that name is moved aside, never deleted."""
+    """Makes the run's directory and takes it for this process; under `resume: never` an earlier run of that name is
+    moved aside, never deleted.
+
+    Raises:
+        ValueError: another process trains there, or it cannot be written.
+    """
     run_dir = config.run_dir
-    if config.resume == "never" and run_dir.exists():
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        take_lock(run_dir)
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or run_dir}: {error.strerror}. Results go to checkpoints/<run>/ below the current directory, "
+            "which must be one that can be written"
+        ) from None
+    if config.resume == "never" and any(path.name != LOCK for path in run_dir.iterdir()):
         number = 1
         while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
             number += 1
         run_dir.rename(aside)
         say(f"resume=never: the earlier run is now {aside}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir()
+        del LOCKS[run_dir.resolve()]
+        take_lock(run_dir)
+
+
+def take_lock(run_dir: Path) -> None:
+    """Keeps other processes out of a run's directory; the system gives the lock back however this one ends."""
+    if run_dir.resolve() in LOCKS:
+        return
+    lock = open(run_dir / LOCK, "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{run_dir}: another process trains there. Wait for it, or choose another run=NAME") from None
+    LOCKS[run_dir.resolve()] = lock
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -56,7 +88,7 @@ def load_splits(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Tokenize
     def prepare() -> list[TokenizedRows]:
         tokenizer = load_tokenizer(model_dir)
         cache = config.run_dir / "data"
-        return [load_rows(path, tokenizer, config.data, cache) for path in (config.data.train, config.data.eval)]
+        return [load_rows(split, tokenizer, config.data, cache) for split in ("train", "eval")]
 
     prepared = ranks.on_main(prepare)
     sent = [rows.to_tensors() for rows in prepared] if prepared else [None, None]
@@ -64,11 +96,13 @@ def load_splits(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Tokenize
     return train, held_out
 
 
-def course(config: Config, rows: TokenizedRows) -> dict[str, Any]:
-    """All that decides the run's course: a resumed run must agree in it."""
-    digest = hashlib.sha256(rows.ids_N.numpy().tobytes())
-    digest.update(rows.supervised_N.numpy().tobytes())
-    settings = {"data": digest.hexdigest()[:16]}
+def course(config: Config, train_rows: TokenizedRows, eval_rows: TokenizedRows) -> dict[str, Any]:
+    """All that decides the run's course and what its losses mean: a resumed run must agree in it."""
+    settings: dict[str, Any] = {"eval.max_rows": config.eval.max_rows}
+    for name, rows in (("training rows", train_rows), ("held-out rows", eval_rows)):
+        digest = hashlib.sha256(rows.ids_N.numpy().tobytes())
+        digest.update(rows.supervised_N.numpy().tobytes())
+        settings[name] = digest.hexdigest()[:16]
     for section in ("model", "lora", "train", "data"):
         settings |= {f"{section}.{key}": value for key, value in asdict(getattr(config, section)).items()}
     return {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in FREE}
@@ -134,16 +168,23 @@ def load_adapters(adapters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -
 
 def save(
     config: Config, step: int, eval_loss: float, settings: dict[str, Any], adapters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> Path:
-    """Writes one checkpoint (rank 0)."""
-    return checkpoint.save(
+    optimizer: torch.optim.Optimizer, ranks: Ranks, log: RunLog,
+) -> None:
+    """Writes one checkpoint on rank 0, to which other stages send what they hold; all ranks call it."""
+    tensors = {f"adapter/{to_peft_name(name)}": parameter.detach() for name, parameter in adapters.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(optimizer, adapters).items()}
+    tensors = ranks.gather_stages(tensors)
+    if not ranks.is_main:
+        return
+    log.sync()
+    path = checkpoint.save(
         config.run_dir,
         checkpoint.Saved(
             state={"step": step, "eval_loss": eval_loss, "settings": settings},
-            adapter={to_peft_name(name): parameter.detach().cpu() for name, parameter in adapters.items()},
+            adapter={name: tensor.cpu() for name, tensor in part(tensors, "adapter/").items()},
             adapter_config=peft_config(config.lora, config.model.path),
-            optimizer={name: tensor.cpu() for name, tensor in optimizer_tensors(optimizer, adapters).items()},
+            optimizer={name: tensor.cpu() for name, tensor in part(tensors, "optimizer/").items()},
         ),
         config.checkpoint.keep,
     )
+    log.say(f"saved {path}")

@@ -52,7 +52,8 @@ def main() -> None:
 def show(row: Row, stage: Stage, chat: ChatFormat, max_tokens: int, path: str) -> None:
     """One row: its question, both answers and the reference."""
     *context, reference = row.messages
-    prompt = chat.tokenizer(chat.prompt(context), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    text = chat.prompt(context, thinking=row.turns[-1].thought is not None)
+    prompt = chat.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     with adapters_off(stage):
         before = generate(stage, prompt, max_tokens, chat.stop_id)
     after = generate(stage, prompt, max_tokens, chat.stop_id)

@@ -18,7 +18,7 @@ from model.fused import fuse
 from model.lora import LoraConfig, add_adapters, check_targets
 from model.mixers import PACKED
 from model.quant import LINEARS, FrozenLinear
-from model.shards import Checkpoint, Experts, Weight, stream
+from model.shards import Checkpoint, Experts, Weight, stream, wanted_bytes
 from model.stages import Stage
 
 
@@ -38,7 +38,7 @@ FEED_FORWARD = ("post_attention_layernorm", "mlp")  # of a layer's second sublay
 
 def build(
     model_dir: Path, base: str, lora: LoraConfig, *, seed: int, device: torch.device, recompute: bool,
-    progress: Callable[[int], object] | None = None, first: int = 0, stop: int | None = None,
+    progress: Callable[[int, int], object] | None = None, first: int = 0, stop: int | None = None,
 ) -> Stage:
     """Builds and loads the model, or one stage of it, on one device.
 
@@ -46,7 +46,7 @@ def build(
         model_dir: config.json and safetensors files.
         base: a key of `quant.LINEARS`.
         seed: decides the adapters' first values.
-        progress: called with the number of bytes read, slice by slice.
+        progress: called with the bytes of each slice once it is read, and with the bytes of all of them.
         first, stop: the sublayers of the stage (see stages.py), all by default. Nothing else is built or read; where
             embedding and head are tied, and on different stages, each has its own.
 
@@ -65,7 +65,12 @@ def build(
     for name in linears:
         wanted += swap_linear(model, name, base, compute_dtype, device)
     wanted += materialize_rest(model, device)
-    stream(Checkpoint(model_dir), wanted, progress=progress, all_names=all_names, tied=model.config.tie_word_embeddings)
+    checkpoint = Checkpoint(model_dir)
+    total = wanted_bytes(checkpoint, wanted)
+    stream(
+        checkpoint, wanted, all_names=all_names, tied=model.config.tie_word_embeddings,
+        progress=(lambda num_bytes: progress(num_bytes, total)) if progress else None,
+    )
     add_adapters(model, lora, seed, device)
     fuse(model)
     if device.type == "cpu":

@@ -69,7 +69,8 @@ def varlen_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: fl
     num_groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(num_groups, dim=1) if num_groups > 1 else x for x in (k, v))
     longest, cu = max(segments.lengths), segments.cu_seqlens_R1
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))[None]
+    output_THE: Any = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))
+    return output_THE[None]
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -138,7 +138,7 @@ def test_models_without_chatml_are_refused(tiny_tokenizers):
     template = tokenizer.chat_template
     try:
         tokenizer.chat_template = None
-        with pytest.raises(ValueError, match="no chat template"):
+        with pytest.raises(ValueError, match="expected one chat template, found none"):
             ChatFormat(tokenizer, "strip")
     finally:
         tokenizer.chat_template = template

@@ -50,6 +50,9 @@ def test_keep_parses_the_thought_and_leaves_out_an_empty_one(write_rows, make_ro
     [
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
+        ('{"metadata": {"source": "textbook", "n": ' + "9" * 5000 + "}}", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"metadata": {"source": "\\ud800"}}', "not UTF-8"),
         ({"messages": [ASKED, ANSWERED]}, "metadata.source missing"),
         ({"metadata": {"source": "textbook"}}, "messages missing"),
         ({"metadata": {"source": "textbook"}, "messages": []}, "messages missing"),

@@ -62,19 +62,19 @@ def test_no_row_left_says_what_was_found(tokenizer, write_rows, make_row):
 def test_the_cache_is_read_until_anything_that_matters_changes(tokenizer, write_rows, make_row, tmp_path, monkeypatch):
     path = write_rows([make_row("a", "<think>t</think>b")])
     cache = tmp_path / "cache"
-    first = load_rows(path, tokenizer, config(path), cache)
+    first = load_rows("train", tokenizer, config(path), cache)
     with monkeypatch.context() as patch:
         patch.setattr("data.tokenized.tokenize", lambda *_: pytest.fail("tokenized again"))
-        again = load_rows(path, tokenizer, config(path), cache)
-    assert again.ids_N.tolist() == first.ids_N.tolist() and again.counts == first.counts
+        again = load_rows("train", tokenizer, config(path), cache)
+    assert again.path == path and again.ids_N.tolist() == first.ids_N.tolist() and again.counts == first.counts
 
-    kept = load_rows(path, tokenizer, config(path, think="keep"), cache)
+    kept = load_rows("train", tokenizer, config(path, think="keep"), cache)
     assert kept.counts["textbook"].with_thought == 1
-    (cached,) = cache.glob("rows-*.safetensors")
+    (cached,) = cache.glob("train-*.safetensors")
     cached.write_bytes(cached.read_bytes()[:100])  # as a crash of the file system leaves it
-    assert load_rows(path, tokenizer, config(path, think="keep"), cache).ids_N.tolist() == kept.ids_N.tolist()
+    assert load_rows("train", tokenizer, config(path, think="keep"), cache).ids_N.tolist() == kept.ids_N.tolist()
     write_rows([make_row("a", "changed")])
-    assert load_rows(path, tokenizer, config(path), cache).counts["textbook"].tokens != first.counts["textbook"].tokens
+    assert load_rows("train", tokenizer, config(path), cache).counts["textbook"].tokens != first.counts["textbook"].tokens
 
 
 def test_tensors_carry_everything(tokenizer, write_rows, make_row):
@@ -94,3 +94,18 @@ def test_the_audit_shows_what_is_supervised(tokenizer, write_rows, make_row):
     assert "\033[1;32manswer<|im_end|>\033[0m" in coloured(rows, 0, tokenizer)
     page = html_page(report, [(rows, 0)], tokenizer)
     assert "<mark>answer&lt;|im_end|&gt;</mark>" in page and "&lt;b&gt;&amp;" in page
+
+
+def test_a_tokenizer_that_pads_or_truncates_does_neither_here(tokenizer, write_rows, make_row):
+    path = write_rows([make_row("q" * 50, "short"), make_row("q", "a much longer answer")])
+    plain = tokenize(path, tokenizer, config(path))
+    tokenizer.backend_tokenizer.enable_padding(length=100)
+    tokenizer.backend_tokenizer.enable_truncation(20)
+    assert tokenize(path, tokenizer, config(path)).ids_N.tolist() == plain.ids_N.tolist()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tokenizer, write_rows, make_row, tmp_path):
+    (tmp_path / "taken").write_text("")
+    path = write_rows([make_row("a", "b")])
+    with pytest.raises(ValueError, match="taken.*could not be written"):
+        load_rows("train", tokenizer, config(path), tmp_path / "taken")

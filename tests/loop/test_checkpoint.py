@@ -19,6 +19,28 @@ def steps(run_dir):
     return [int(path.name[5:]) for path in checkpoint.list_checkpoints(run_dir)]
 
 
+def test_what_was_just_saved_stays_whatever_stood_in_its_way(tmp_path):
+    checkpoint.save(tmp_path, saved(20, 2.0), keep=2)
+    damaged = checkpoint.save(tmp_path, saved(40, 1.9), keep=2)
+    (damaged / checkpoint.STATE).write_text("{")
+    assert checkpoint.newest(tmp_path, lambda _: None).name == "step-00000020"
+    assert (tmp_path / ".step-00000040.damaged").is_dir(), "kept, but out of the way"
+    assert checkpoint.save(tmp_path, saved(30, 2.5), keep=2).is_dir()
+    assert steps(tmp_path) == [20, 30]
+
+
+def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, saved(1), keep=2)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(ValueError, match="step-00000002: could not be written.*No space left.*GB are free.*same command"):
+        checkpoint.save(tmp_path, saved(2), keep=2)
+    assert steps(tmp_path) == [1] and [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_what_is_saved_is_loaded(tmp_path):
     path = checkpoint.save(tmp_path, saved(7), keep=3)
     assert checkpoint.verify(path) is None and checkpoint.newest(tmp_path) == path
@@ -38,6 +60,8 @@ def test_rotation_keeps_the_best_by_loss_and_the_newest_by_step(tmp_path):
     assert checkpoint.best(tmp_path).name == "step-00000003"
     checkpoint.save(tmp_path, saved(6, float("nan")), keep=2)
     assert steps(tmp_path) == [1, 3, 6], "a loss that is no number is never among the best"
+    checkpoint.save(tmp_path, saved(7, 0.1), keep=2)
+    assert steps(tmp_path) == [3, 7] and checkpoint.best(tmp_path).name == "step-00000007"
 
 
 @pytest.mark.parametrize("name", [checkpoint.ADAPTER, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST])

@@ -24,6 +24,15 @@ def test_a_log_that_cannot_be_written_is_said_and_passed_over(tmp_path, capsys):
     assert "no log is written" in out and "log=FILE" in out and "hello" in out
 
 
+def test_a_log_on_a_full_disk_ends_without_the_run(tmp_path, capsys):
+    log = RunLog(tmp_path, "/dev/full", enabled=True)
+    log.say("hello")
+    log.say("again")
+    log.close()
+    out = capsys.readouterr().out
+    assert out.count("the log ends here: /dev/full: No space left") == 1 and "again" in out
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = RunLog(tmp_path, str(tmp_path / "log"), enabled=False)
     log.start(0, 5)
@@ -36,6 +45,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     log = RunLog(tmp_path, str(tmp_path / "log"), enabled=True)
     log.start(0, 5)
-    log.record({"step": 1, "loss": float("nan"), "lr": 0.1 + 0.2})
+    log.record({"step": 1, "loss": float("nan"), "lr": 0.1 + 0.2, "by": {"x": float("inf")}})
     log.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 0.30000000000000004}\n'
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert written == '{"step": 1, "loss": null, "lr": 0.30000000000000004, "by": {"x": null}}\n'

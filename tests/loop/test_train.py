@@ -37,6 +37,22 @@ def test_a_finished_run_is_left_as_it_is(write_config, run_train):
     assert run_train(config) == run_train(config)
 
 
+def test_a_second_run_in_the_same_directory_is_refused(write_config, run_train, tmp_path):
+    (tmp_path / "checkpoints/tiny").mkdir(parents=True)
+    holder = subprocess.Popen([sys.executable, "-c", (
+        "import fcntl, sys; lock = open('checkpoints/tiny/.lock', 'a'); fcntl.flock(lock, fcntl.LOCK_EX); "
+        "print('taken', flush=True); sys.stdin.read()"
+    )], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "taken\n"
+    try:
+        for override in ("resume=auto", "resume=never"):
+            with pytest.raises(ValueError, match="checkpoints/tiny: another process trains there.*run=NAME"):
+                run_train(write_config(), override)
+    finally:
+        holder.communicate()
+    assert run_train(write_config(train__max_steps=1))[-1]["step"] == 1
+
+
 def test_peft_loads_the_adapter(write_config, run_train, tmp_path, tiny_llama):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
