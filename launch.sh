@@ -41,22 +41,21 @@ setup() {
 setting() {
   local override=$1 pattern=$2 config=$3 argument value
   shift 3
-  value=$(grep -oE "$pattern: *[^,} ]+" "$config" | head -n 1 | sed 's/^[^:]*: *//')
+  value=$(grep -oE "$pattern: *[^,} ]+" "$config" | head -n 1 | sed 's/^[^:]*: *//') || true
   for argument in "$@"; do
     [[ $argument == "$override="* ]] && value=${argument#*=}  # the last one counts
   done
-  echo "${value/#\~/$HOME}"
+  echo "${value/#\~/${HOME:-\~}}"
 }
 
 # GPUs that training will see; CUDA_VISIBLE_DEVICES hides the others.
 num_gpus() {
-  if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-    echo 0
-  elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cvE '^(-.*)?$' || true
-  else
-    nvidia-smi -L | grep -c '^GPU'
+  local listed
+  listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  if [ "$listed" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    listed=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cvE '^(-.*)?$' || true)
   fi
+  echo "$listed"
 }
 
 command=${1:-}

@@ -40,7 +40,6 @@ class Contender:
 
     name: str
     is_trl: bool
-    num_ranks: int = 1
     settings: tuple[str, ...] = ()  # key=value
 
 
@@ -163,12 +162,9 @@ def trl_command(model_dir: Path, rows: Path, precision: str, contender: Contende
 
 
 def our_command(model_dir: Path, rows: Path, contender: Contender) -> list[str]:
-    """The product's own entry point; two ranks share the cores evenly (torchrun's OMP_NUM_THREADS)."""
-    ranks = contender.num_ranks
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                 f"--nproc-per-node={ranks}"]
+    """The product's own entry point."""
     return [
-        *start, str(REPO / "train.py"), "--config", str(REPO / "configs/demo.yaml"), "run=bench", "log=/dev/null",
+        sys.executable, str(REPO / "train.py"), "--config", str(REPO / "configs/demo.yaml"), "run=bench", "log=/dev/null",
         f"model.path={model_dir}", f"data.train={rows}", f"data.eval={rows}", f"data.max_tokens={MAX_TOKENS}",
         "eval.max_rows=1", "eval.every=100000", f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
         f"train.rows_per_step={ROWS_A_STEP}", f"train.microbatch_tokens={MICROBATCH_TOKENS}",
@@ -229,8 +225,7 @@ def run_once(contender: Contender, precision: str, model_dir: Path, rows: Path, 
         out = Path(directory) / "out.json"
         command = (trl_command(model_dir, rows, precision, contender, out) if contender.is_trl
                    else our_command(model_dir, rows, contender))
-        threads = (os.cpu_count() or 1) // contender.num_ranks
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(threads),
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(os.cpu_count() or 1),
                        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         with open(Path(directory) / "output", "w+b") as output:
             process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
