@@ -55,7 +55,7 @@ def main() -> None:
         save=lambda step, eval_loss: save(config, step, eval_loss, settings, adapters, optimizer, ranks, log),
         eval_every=config.eval.every, save_every=config.checkpoint.every,
         ranks=ranks, log=log,
-        load_balance=partial(load_balance, stage.model, ranks.all_reduce) if config.train.router_stats else None,
+        load_balance=partial(load_balance, stage.model, ranks.sum_replicas) if config.train.router_stats else None,
     )
     log.say(f"finished: {config.run_dir}")
     log.close()

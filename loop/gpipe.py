@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS
 
 from data.batches import StepBatch
+from loop.memory import peak_gib
 from loop.ranks import Ranks
 from loop.timeline import Timeline, busy_and_idle, write
 from model.mixers import Segments
@@ -111,7 +112,7 @@ class Pipeline:
         """Once a step, as its losses are read next anyway: what a GPU waits for is seen here, not when it is issued."""
         if self.ranks.device.type == "cuda":
             self.ranks.watch.begin(self.describe_device)
-            torch.cuda.current_stream().synchronize()
+        self.ranks.wait_for_device()
         self.ranks.watch.done()
 
     def describe_device(self) -> str:
@@ -133,7 +134,8 @@ class Pipeline:
         return batch.step if batch else 0
 
     def timings(self, run_dir: Path) -> dict[str, Any]:
-        """Each stage's busy and idle seconds in the last training step, of the first replica; all ranks ask together.
+        """Each stage's busy and idle seconds in the last training step, and its peak memory so far, in the first replica;
+        all ranks ask together.
 
         The whole timeline goes to timeline.json, for `python -m loop.timeline`.
         """
@@ -144,7 +146,9 @@ class Pipeline:
         if self.ranks.is_main:
             write(run_dir / "timeline.json", self.batch.step, self.schedule, times_SM22)
         busy_s, idle_s = busy_and_idle(times_SM22)
-        return {"stage_busy_s": busy_s, "stage_idle_s": idle_s}
+        peak_S = torch.zeros(self.num_stages, dtype=torch.float64, device=self.ranks.device)
+        peak_S[self.ranks.stage :: self.ranks.num_stages] = peak_gib(self.ranks.device)
+        return {"stage_busy_s": busy_s, "stage_idle_s": idle_s, "stage_peak_gib": self.ranks.sum_stages(peak_S).tolist()}
 
 
 class Part(nn.Module):

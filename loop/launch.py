@@ -6,6 +6,7 @@ python -m loop.launch --nproc-per-node 2 train.py --config configs/4b.yaml
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -42,12 +43,16 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what happened themselves
     # torchrun's own 30 s, after which it kills what did not follow SIGTERM, cannot be set for the case that a rank failed
     close = PContext.close
     setattr(PContext, "close", lambda self, death_sig=None, timeout=0: close(self, death_sig, SHUTDOWN_S))
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:  # it could not say so itself; SIGKILL is also how a system ends what takes its memory
+                print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
         sys.exit(min(codes, default=1))
     except SignalException as error:

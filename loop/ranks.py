@@ -125,6 +125,7 @@ class Ranks:
         if self.world_size > 1:
             with self.watch.waiting("the other ranks to join in a sum"):
                 dist.all_reduce(tensor, group=group)
+                self.wait_for_device()
         return tensor
 
     def sum_replicas(self, tensor: Tensor) -> Tensor:
@@ -151,6 +152,7 @@ class Ranks:
         if self.world_size > 1:
             with self.watch.waiting("rank 0 to send what it has read"):
                 dist.broadcast(tensor, src=0)
+                self.wait_for_device()
         return tensor
 
     def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -176,6 +178,7 @@ class Ranks:
             with self.watch.waiting("rank 0 to take a checkpoint's tensors"):
                 for tensor in (torch.tensor([len(header)]), header, *tensors.values()):
                     dist.send(tensor.to(self.device).contiguous(), dst=0)
+                self.wait_for_device()
             return tensors
         gathered = {name: tensor.cpu() for name, tensor in tensors.items()}
         for rank in range(1, self.num_stages):
@@ -190,6 +193,11 @@ class Ranks:
         received = empty.to(self.device)
         dist.recv(received, src=rank)
         return received.cpu()
+
+    def wait_for_device(self) -> None:
+        """A GPU is told to communicate and goes on: the wait is here, a few times a step, where the watch can see it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def on_main(self, work: Callable[[], Result]) -> Result | None:
         """Runs `work` on rank 0 while the others wait. If it fails there, the others leave quietly: rank 0 says why."""

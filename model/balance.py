@@ -14,36 +14,42 @@ from model.experts import FrozenExperts
 # L layers, E experts
 
 
-def start_counting(model: nn.Module) -> None:
+def start_counting(model: Any) -> None:
     """From now on every training pass counts the tokens of each expert (a recomputed one twice, in all layers alike).
 
     Raises:
         ValueError: the model has no routed experts.
     """
-    layers = routed_layers(model)
-    if not layers:
+    if not hasattr(model.config, "num_experts"):
         raise ValueError("train.router_stats is true, but the model has no routed experts")
-    for experts in layers.values():
+    for experts in routed_layers(model).values():
         device = next(experts.buffers()).device
         experts.tokens_E = torch.zeros(experts.num_experts, dtype=torch.int64, device=device)
 
 
-def load_balance(model: nn.Module, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Any]]:
-    """What was counted since the last call, over all ranks; waits for the device.
+def load_balance(
+    model: nn.Module, sum_replicas: Callable[[Tensor], Tensor],
+    gather_stages: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> dict[str, dict[str, Any]]:
+    """What was counted since the last call, by all replicas and, on rank 0, in all stages; waits for the device.
 
     Returns:
         By layer number: `share`, each expert's share of the tokens, and `entropy`, that of the shares over its maximum
         log E: 1 where all experts get as much, 0 where one gets everything.
     """
     layers = routed_layers(model)
-    tokens_LE = torch.stack([experts.tokens_E for experts in layers.values() if experts.tokens_E is not None])
-    for experts in layers.values():
-        experts.tokens_E = torch.zeros_like(tokens_LE[0])
-    share_LE = all_reduce(tokens_LE.double()).cpu()
+    counted: dict[str, Tensor] = {}
+    if layers:  # a stage may be cut so that it has none
+        tokens_LE = torch.stack([experts.tokens_E for experts in layers.values() if experts.tokens_E is not None])
+        for experts in layers.values():
+            experts.tokens_E = torch.zeros_like(tokens_LE[0])
+        counted = dict(zip(layers, sum_replicas(tokens_LE).cpu()))
+    counted = gather_stages(counted)
+    share_LE = torch.stack(list(counted.values())).double() if counted else torch.zeros(0, 2)
     share_LE /= share_LE.sum(dim=1, keepdim=True).clamp_min(1)
     entropy_L = torch.special.entr(share_LE).sum(dim=1) / math.log(share_LE.shape[1])
     return {name: {"entropy": round(entropy, 6), "share": [round(share, 6) for share in shares]}
-            for name, entropy, shares in zip(layers, entropy_L.tolist(), share_LE.tolist())}
+            for name, entropy, shares in zip(counted, entropy_L.tolist(), share_LE.tolist())}
 
 
 def routed_layers(model: nn.Module) -> dict[str, FrozenExperts]:

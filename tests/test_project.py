@@ -57,12 +57,13 @@ def test_the_readme_names_every_module():
             assert path.name in readme, f"{path.relative_to(ROOT)} is missing in the README's tree"
 
 
-def test_launch_4b_says_all_that_is_missing_before_it_installs_anything(tmp_path):
+@pytest.mark.parametrize("command", ["4b", "35b"])
+def test_launch_says_all_that_is_missing_before_it_installs_anything(tmp_path, command):
     copy = tmp_path / "launch.sh"
     copy.write_text((ROOT / "launch.sh").read_text())
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/4b.yaml").write_text((ROOT / "configs/4b.yaml").read_text())
-    done = subprocess.run(["bash", str(copy), "4b", "data.eval=elsewhere.jsonl"], capture_output=True, text=True,
+    (tmp_path / f"configs/{command}.yaml").write_text((ROOT / f"configs/{command}.yaml").read_text())
+    done = subprocess.run(["bash", str(copy), command, "data.eval=elsewhere.jsonl"], capture_output=True, text=True,
                           env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}, timeout=30)
     assert done.returncode == 2
     assert "no NVIDIA GPU is visible" in done.stderr
