@@ -18,7 +18,7 @@ from model.fused import fuse
 from model.lora import LoraConfig, add_adapters, check_targets
 from model.mixers import PACKED
 from model.quant import LINEARS, FrozenLinear
-from model.shards import Checkpoint, Experts, Weight, stream, wanted_bytes
+from model.shards import Checkpoint, Experts, Weight, stream, verify_manifest, wanted_bytes
 from model.stages import Stage
 
 
@@ -66,6 +66,7 @@ def build(
         wanted += swap_linear(model, name, base, compute_dtype, device)
     wanted += materialize_rest(model, device)
     checkpoint = Checkpoint(model_dir)
+    verify_manifest(model_dir)  # where there is one: costs one more read of the files
     total = wanted_bytes(checkpoint, wanted)
     stream(
         checkpoint, wanted, all_names=all_names, tied=model.config.tie_word_embeddings,

@@ -1,5 +1,6 @@
 """Gradients of one optimizer step, however its rows are dealt over ranks and packed into microbatches."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -63,3 +64,19 @@ def test_shares_add_up_to_the_whole(stage_and_rows, num_replicas, microbatch_tok
     for name, gradient in gradients.items():
         error = (shared_gradients[name] - gradient).norm() / gradient.norm()
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_weights_that_do_not_match_their_manifest_are_refused(tmp_path):
+    model_dir = write_tiny(tmp_path / "model", kind="llama", num_hidden_layers=1, hidden_size=64, intermediate_size=96)
+    files = sorted(model_dir.glob("*.safetensors"))
+    (model_dir / "manifest.json").write_text(json.dumps({
+        file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files
+    }))
+    lora = LoraConfig(rank=2, alpha=4, target=("q_proj",))
+    settings = {"seed": 0, "device": torch.device("cpu"), "recompute": False}
+    build(model_dir, "float32", lora, **settings)
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    with pytest.raises(ValueError, match=files[0].name):
+        build(model_dir, "float32", lora, **settings)
