@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'EOF'
-bash launch.sh demo                   train a real 135M model on this machine, CPU is enough (about 5 minutes)
+bash launch.sh demo                   train a real 135M model on this machine, CPU is enough (a few minutes)
 bash launch.sh test                   run all tests
 bash launch.sh 4b  [key=value ...]    Qwen3-4B-Thinking-2507, int8 + LoRA, data-parallel over every visible GPU
 bash launch.sh 35b [key=value ...]    Qwen3.5-35B-A3B, nf4 + LoRA, split over two GPUs
