@@ -86,16 +86,30 @@ class Batches:
         self.first_example = np.flatnonzero(np.diff(lines, prepend=-1, append=-1))
         self.num_rows = len(self.first_example) - 1
         self.steps_per_epoch = -(-self.num_rows // rows_per_step)
+        self.order_of: tuple[int, int] | None = None  # the seed and epoch whose order is kept
 
     def train_steps(self, done: int, total: int, seed: int) -> Iterator[StepBatch]:
         """Steps `done + 1` to `total`, each epoch in a shuffled order of its own; nothing else is needed to resume."""
-        order_of = -1
         for step in range(done + 1, total + 1):
-            epoch, position = divmod(step - 1, self.steps_per_epoch)
-            if epoch != order_of:
-                order, order_of = np.random.default_rng([seed, epoch]).permutation(self.num_rows), epoch
-            chosen = order[position * self.rows_per_step : (position + 1) * self.rows_per_step]
-            yield self.pack(step, epoch, chosen)
+            yield self.pack(step, (step - 1) // self.steps_per_epoch, self.rows_of(step, seed))
+
+    def rows_of(self, step: int, seed: int) -> np.ndarray:
+        """The rows that optimizer step `step` sees."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if self.order_of != (seed, epoch):
+            self.order, self.order_of = np.random.default_rng([seed, epoch]).permutation(self.num_rows), (seed, epoch)
+        return self.order[position * self.rows_per_step : (position + 1) * self.rows_per_step]
+
+    def shapes(self, done: int, total: int, seed: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of steps `done + 1` to `total`, without packing them: step, T, this replica's microbatches, and the most
+        supervised positions in one of those."""
+        supervised_N = np.concatenate([[0], self.rows.supervised_N.numpy().cumsum(dtype=np.int64)])
+        supervised_E = np.diff(supervised_N[self.rows.starts_E1.numpy()])
+        for step in range(done + 1, total + 1):
+            examples, plan = self.plan(self.rows_of(step, seed))
+            own = plan.microbatches[self.replica]
+            most = max((sum(int(supervised_E[examples[i]]) for i in members) for members in own), default=0)
+            yield step, plan.length, len(own), most
 
     def eval_steps(self, max_rows: int | None) -> Iterator[StepBatch]:
         """All rows once, or the first `max_rows`, in file order."""
@@ -105,9 +119,7 @@ class Batches:
 
     def pack(self, step: int, epoch: int, chosen: np.ndarray) -> StepBatch:
         """The step that sees these rows, as this replica computes it."""
-        groups = [range(self.first_example[row], self.first_example[row + 1]) for row in chosen]
-        examples = [example for group in groups for example in group]
-        plan = plan_step([[self.lengths[e] for e in group] for group in groups], self.num_replicas, self.microbatch_tokens)
+        examples, plan = self.plan(chosen)
         slots = slots_of(plan, self.replica)
         members = [[examples[i] for i in members] for replica in plan.microbatches for members in replica]
         return StepBatch(
@@ -121,6 +133,13 @@ class Batches:
             num_tokens=sum(self.lengths[e] for e in examples),
             num_supervised_tokens=sum(int(self.rows.example(e)[1].sum()) for e in examples),
         )
+
+    def plan(self, chosen: np.ndarray) -> tuple[list[int], StepPlan]:
+        """The examples of these rows, and which microbatch of which replica each goes to."""
+        groups = [range(self.first_example[row], self.first_example[row + 1]) for row in chosen]
+        examples = [example for group in groups for example in group]
+        lengths = [[self.lengths[e] for e in group] for group in groups]
+        return examples, plan_step(lengths, self.num_replicas, self.microbatch_tokens)
 
     def microbatch(self, examples: list[int], length: int) -> Microbatch:
         """Lays examples end to end and pads the stream to `length`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batches, StepBatch
-from loop.memory import peak_gib
+from loop.memory import Memory, peak_gib
 from loop.metrics import RunLog
 from loop.optim import learning_rate, set_learning_rate, sync_and_clip
 from loop.ranks import Ranks
@@ -66,6 +66,7 @@ def fit(
     save_every: int,
     ranks: Ranks,
     log: RunLog,
+    memory: Memory,
     load_balance: Callable[[], dict[str, Any]] | None = None,
     timings: Callable[[], dict[str, Any]] = dict,
 ) -> None:
@@ -85,7 +86,9 @@ def fit(
     skipped_in_a_row = 0
     log.start(done, total)
     if done == 0:
-        log.eval(0, *evaluate())
+        with memory.during("eval"):
+            eval_loss, by_source = evaluate()
+        log.eval(0, eval_loss, by_source)
     for batch in batches.train_steps(done, total, config.seed):
         started = time.perf_counter()
         step = batch.step
@@ -93,13 +96,16 @@ def fit(
         set_learning_rate(optimizer, rate)
         torch.manual_seed(config.seed + (step * ranks.world_size + ranks.rank))  # dropout, the same after a resume
 
-        losses = share_losses(forward_backward(batch), batch, ranks)
-        grad_norm = sync_and_clip(adapters.values(), config.max_grad_norm, ranks).item()
-        loss = sum(losses)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with memory.step(batch):
+            losses = share_losses(forward_backward(batch), batch, ranks)
+            with memory.during("sync"):
+                grad_norm = sync_and_clip(adapters.values(), config.max_grad_norm, ranks).item()
+            loss = sum(losses)
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            with memory.during("step"):
+                if finite:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
         skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
         if not finite:
@@ -122,7 +128,8 @@ def fit(
 
         save_now = step % save_every == 0 or step == total
         if save_now or step % eval_every == 0:
-            eval_loss, by_source = evaluate()
+            with memory.during("eval"):
+                eval_loss, by_source = evaluate()
             log.eval(step, eval_loss, by_source)
             if save_now:
                 save(step, eval_loss)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS
 
 from data.batches import StepBatch
-from loop.memory import peak_gib
+from loop.memory import Memory, peak_gib
 from loop.ranks import Ranks
 from loop.timeline import Timeline, busy_and_idle, write
 from model.mixers import Segments
@@ -40,11 +40,12 @@ class Pipeline:
         stages: what this rank holds: one stage. In a world of one: all of them, in order, to try a split on one device
             (`forward_backward` alone: torch's schedules for that know no evaluation).
         schedule: gpipe | 1f1b.
+        memory: is told which phase of which microbatch is computed.
     """
 
-    def __init__(self, stages: list[Stage], ranks: Ranks, schedule: str) -> None:
-        self.parts = [Part(stage, ranks.device) for stage in stages]
-        self.ranks, self.schedule = ranks, schedule
+    def __init__(self, stages: list[Stage], ranks: Ranks, schedule: str, memory: Memory) -> None:
+        self.parts = [Part(stage, ranks.device, memory) for stage in stages]
+        self.ranks, self.schedule, self.memory = ranks, schedule, memory
         self.num_stages = ranks.num_stages * len(stages)
         self.timeline = Timeline(ranks.device)
         self.kept: tuple[Any, Any] = (None, None)  # what the newest schedule was made for, and the schedule
@@ -74,12 +75,12 @@ class Pipeline:
             return []
         for part in self.parts:
             part.batch, part.losses = batch, {}
-        index_M = torch.arange(len(batch.microbatches))
+        number_M = torch.arange(len(batch.microbatches))  # what torch splits: as first input, and as target; never read
         schedule = self.schedule_for(batch.length, len(batch.microbatches), train)
-        with self.ranks.watch.ends_when_peers_are_gone():
+        with self.ranks.watch.ends_when_peers_are_gone(), self.memory.during("communicate"):
             try:
-                inputs = (index_M,) if self.parts[0].stage.is_first else ()
-                schedule.step(*inputs, index=index_M, target=index_M if train else None, return_outputs=False)
+                inputs = (number_M,) if self.parts[0].stage.is_first else ()
+                schedule.step(*inputs, target=number_M if train else None, return_outputs=False)
             except RuntimeError as error:
                 if error.__cause__ is not None:  # what a stage raised, such as out-of-memory
                     raise error.__cause__ from None
@@ -152,27 +153,30 @@ class Pipeline:
 
 
 class Part(nn.Module):
-    """A stage that is called with the number of a microbatch."""
+    """A stage that computes the microbatch of which it is told the number."""
 
-    def __init__(self, stage: Stage, device: torch.device) -> None:
+    def __init__(self, stage: Stage, device: torch.device, memory: Memory) -> None:
         super().__init__()
-        self.stage, self.device = stage, device
+        self.stage, self.device, self.memory = stage, device, memory
         self.batch: StepBatch | None = None
+        self.number = 0
         self.losses: dict[int, Tensor] = {}
 
-    def forward(self, x_1TD: Tensor, index: Tensor) -> Tensor:
+    def forward(self, x_1TD: Tensor) -> Tensor:
         """Hidden states [1, T, D] from the stage before (the first stage needs none); on to the next, or the loss []."""
         assert self.batch is not None
-        microbatch = self.batch.microbatches[int(index)].to(self.device)
+        microbatch = self.batch.microbatches[self.number].to(self.device)
         segments = Segments(microbatch.cu_seqlens_R1, microbatch.lengths)
         x = microbatch.ids_T[None] if self.stage.is_first else x_1TD
-        y_1TD = self.stage(x, microbatch.positions_T, segments)
+        with self.memory.during("forward", self.number):
+            y_1TD = self.stage(x, microbatch.positions_T, segments)
         if not self.stage.is_last:
             # a first stage without adapters: its gradient goes nowhere, and is sent all the same
             return y_1TD if y_1TD.requires_grad or not self.training else y_1TD.requires_grad_()
-        losses_N = self.stage.losses(y_1TD, microbatch.predict_N, microbatch.labels_N)
-        loss = losses_N.sum() / self.batch.num_supervised_tokens
-        self.losses[int(index)] = loss.detach() if self.training else losses_N
+        with self.memory.during("loss", self.number):
+            losses_N = self.stage.losses(y_1TD, microbatch.predict_N, microbatch.labels_N)
+            loss = losses_N.sum() / self.batch.num_supervised_tokens
+        self.losses[self.number] = loss.detach() if self.training else losses_N
         return loss
 
 
@@ -189,17 +193,19 @@ class WatchedStage(PipelineStage):
             input_args=torch.empty(1, dtype=torch.int64, device="meta") if part.stage.is_first else hidden_1TD,
             output_args=loss if part.stage.is_last else hidden_1TD,
         )
-        self.pipeline = pipeline
+        self.part, self.pipeline = part, pipeline
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.pipeline.ranks.watch.done()
+        self.part.number = fwd_chunk_id
         with self.pipeline.timeline.computing(self.stage_index, fwd_chunk_id, is_backward=False):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         if self.has_backward:
             self.pipeline.ranks.watch.done()
-            with self.pipeline.timeline.computing(self.stage_index, bwd_chunk_id, is_backward=True):
+            with (self.pipeline.timeline.computing(self.stage_index, bwd_chunk_id, is_backward=True),
+                  self.pipeline.memory.during("backward", bwd_chunk_id)):
                 super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:

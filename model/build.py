@@ -36,23 +36,57 @@ GATES = ("in_proj_a", "in_proj_b", "shared_expert_gate")
 FEED_FORWARD = ("post_attention_layernorm", "mlp")  # of a layer's second sublayer; its other modules are the first's
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a stage that was just built still lacks: its weights, and where they go."""
+
+    wanted: list[Weight | Experts]
+    all_names: set[str]  # of the whole model
+    tied: bool
+
+    def load(self, model_dir: Path, progress: Callable[[int, int], object] | None = None) -> None:
+        """Streams them from the safetensors files.
+
+        Args:
+            progress: called with the bytes of each slice once it is read, and with the bytes of all of them.
+
+        Raises:
+            CheckpointError: a `ValueError`; the checkpoint does not fit its config.json.
+        """
+        checkpoint = Checkpoint(model_dir)
+        verify_manifest(model_dir)  # where there is one: costs one more read of the files
+        total = wanted_bytes(checkpoint, self.wanted)
+        stream(
+            checkpoint, self.wanted, all_names=self.all_names, tied=self.tied,
+            progress=(lambda num_bytes: progress(num_bytes, total)) if progress else None,
+        )
+
+
 def build(
     model_dir: Path, base: str, lora: LoraConfig, *, seed: int, device: torch.device, recompute: bool,
     progress: Callable[[int, int], object] | None = None, first: int = 0, stop: int | None = None,
 ) -> Stage:
-    """Builds and loads the model, or one stage of it, on one device.
+    """Builds and loads the model, or one stage of it: `build_empty`, then `Weights.load`."""
+    stage, weights = build_empty(model_dir, base, lora, seed=seed, device=device, recompute=recompute, first=first, stop=stop)
+    weights.load(model_dir, progress)
+    return stage
+
+
+def build_empty(
+    model_dir: Path, base: str, lora: LoraConfig, *, seed: int, device: torch.device, recompute: bool,
+    first: int = 0, stop: int | None = None,
+) -> tuple[Stage, Weights]:
+    """Builds the model, or one stage of it, on one device, and says which weights it is to be given.
 
     Args:
         model_dir: config.json and safetensors files.
         base: a key of `quant.LINEARS`.
         seed: decides the adapters' first values.
-        progress: called with the bytes of each slice once it is read, and with the bytes of all of them.
         first, stop: the sublayers of the stage (see stages.py), all by default. Nothing else is built or read; where
             embedding and head are tied, and on different stages, each has its own.
 
     Raises:
-        ValueError: an unsupported architecture, an unknown LoRA target, or a checkpoint that does not fit its
-            config.json (`CheckpointError`).
+        ValueError: an unsupported architecture, or an unknown LoRA target.
     """
     model = skeleton(model_dir, base)
     check_targets(lora, linear_names(model), has_experts=bool(expert_names(model)))
@@ -65,18 +99,12 @@ def build(
     for name in linears:
         wanted += swap_linear(model, name, base, compute_dtype, device)
     wanted += materialize_rest(model, device)
-    checkpoint = Checkpoint(model_dir)
-    verify_manifest(model_dir)  # where there is one: costs one more read of the files
-    total = wanted_bytes(checkpoint, wanted)
-    stream(
-        checkpoint, wanted, all_names=all_names, tied=model.config.tie_word_embeddings,
-        progress=(lambda num_bytes: progress(num_bytes, total)) if progress else None,
-    )
     add_adapters(model, lora, seed, device)
     fuse(model)
     if device.type == "cpu":
         use_reference_on_cpu(model)
-    return Stage(model, first, stop, recompute).train()
+    weights = Weights(wanted, all_names, model.config.tie_word_embeddings)
+    return Stage(model, first, stop, recompute).train(), weights
 
 
 def skeleton(model_dir: Path, base: str) -> Any:
@@ -85,9 +113,10 @@ def skeleton(model_dir: Path, base: str) -> Any:
     Raises:
         ValueError: config.json is missing or names an architecture that is not supported.
     """
-    if not (model_dir / "config.json").is_file():
+    file = model_dir / "config.json" if model_dir.suffix != ".json" else model_dir
+    if not file.is_file():
         raise ValueError(f"{model_dir}/config.json: not found. Expected a directory with config.json and *.safetensors files")
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(file, local_files_only=True).get_text_config()
     if config.model_type not in SUPPORTED:
         raise ValueError(
             f"{model_dir}/config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from model.devices import on_gpu
 from model.mixers import GAP, Segments
 
 # T tokens of the stream, D hidden size, R segments, X positions of the stream with gaps, L positions of a padded row
@@ -25,7 +26,7 @@ def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
 
     On CUDA with flash-linear-attention in one run over the stream, else in padded batches of segments.
     """
-    if x_1TD.is_cuda and has_delta_kernels():
+    if on_gpu(x_1TD) and has_delta_kernels():
         return delta_rule_with_gaps(module, x_1TD, segments)
     return delta_rule_in_batches(module, x_1TD, segments)
 

@@ -10,12 +10,13 @@ the dequantized weights, to the last bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.devices import on_gpu
 from model.expert_weights import MATRICES, ExpertMatrices
 
 # E experts, G of them in a group, T tokens, K experts a token, S = T * K assignments of a token to an expert, N of them
@@ -68,6 +69,19 @@ def working_bytes(experts: FrozenExperts, num_tokens: int, experts_per_token: in
 
 # Which rows go to which expert
 
+# While a plan is made the routing has no values, and what is assumed stands here: bounds of T, K, E, as `spans` takes them
+ASSUMED: list[Callable[[int, int, int], list[int]]] = []
+
+
+def uniform_bounds(num_tokens: int, experts_per_token: int, num_experts: int) -> list[int]:
+    """Every expert gets as many tokens as the others."""
+    return [num_tokens * experts_per_token * e // num_experts for e in range(num_experts + 1)]
+
+
+def worst_bounds(num_tokens: int, experts_per_token: int, num_experts: int) -> list[int]:
+    """All tokens go to the same experts, the first ones."""
+    return [num_tokens * min(e, experts_per_token) for e in range(num_experts + 1)]
+
 
 @dataclass(frozen=True)
 class Group:
@@ -95,7 +109,7 @@ def route(index_TK: Tensor, num_experts: int, group_size: int) -> tuple[Tensor, 
     """
     expert_S, order_S = index_TK.flatten().sort(stable=True)
     bounds_E1 = torch.searchsorted(expert_S, torch.arange(num_experts + 1, device=expert_S.device))
-    bounds = bounds_E1.tolist()
+    bounds = ASSUMED[-1](len(index_TK), index_TK.shape[1], num_experts) if ASSUMED else bounds_E1.tolist()
     counts_E = bounds_E1.diff()
     groups = [
         Group(first, tuple(stop - start for start, stop in zip(bounds[first:last], bounds[first + 1 : last + 1])),
@@ -256,7 +270,7 @@ def grouped_matmul(x_NI: Tensor, w_GIO: Tensor, group: Group) -> Tensor:
         return F.grouped_mm(x_NI, w_GIO, offs=group.stops_G)
     y_NO = x_NI.new_empty(len(x_NI), w_GIO.shape[2])
     for x, w, y in zip(x_NI.split(group.counts), w_GIO, y_NO.split(group.counts)):
-        if x.is_cuda:
+        if on_gpu(x):
             torch.mm(x, w, out=y)
         else:
             y.copy_((padded(x) @ w)[: len(x)])
@@ -265,7 +279,7 @@ def grouped_matmul(x_NI: Tensor, w_GIO: Tensor, group: Group) -> Tensor:
 
 def add_rows(sum_TD: Tensor, token_N: Tensor, y_ND: Tensor, counts: tuple[int, ...], last_first: bool = False) -> None:
     """Adds each row to its token's. On CPU expert by expert in autograd's order, which decides what bf16 rounds to."""
-    if sum_TD.is_cuda:
+    if on_gpu(sum_TD):
         sum_TD.index_add_(0, token_N, y_ND)
         return
     by_expert = list(zip(token_N.split(counts), y_ND.split(counts)))
@@ -281,7 +295,7 @@ def grouped_outer(a_NO: Tensor, b_NI: Tensor, group: Group) -> Tensor:
 def padded(x_NI: Tensor) -> Tensor:
     """On CPU in bf16, zero rows up to one of four numbers an octave: oneDNN compiles a kernel for every number of rows
     it meets, which takes 1 ms and 0.7 MB, and the routing brings new ones in every step."""
-    if x_NI.is_cuda or x_NI.dtype != torch.bfloat16:
+    if on_gpu(x_NI) or x_NI.dtype != torch.bfloat16:
         return x_NI
     step = max(2 ** (len(x_NI).bit_length() - 3), 16)
     return F.pad(x_NI, (0, 0, 0, -len(x_NI) % step))
@@ -293,9 +307,10 @@ def has_grouped_kernel(x_NI: Tensor, w_GIO: Tensor) -> bool:
     Elsewhere `F.grouped_mm` is the loop above, and waits for the device besides
     (https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/GroupedBlas.cpp).
     """
-    return (x_NI.is_cuda and x_NI.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
-            and all(size % 8 == 0 for size in w_GIO.shape[1:])
-            and torch.cuda.get_device_capability(x_NI.device)[0] in (9, 10))
+    fits = x_NI.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and all(size % 8 == 0 for size in w_GIO.shape[1:])
+    if not x_NI.is_cuda:  # a plan for a GPU: either way takes the same memory, and this one less time
+        return fits and on_gpu(x_NI)
+    return fits and torch.cuda.get_device_capability(x_NI.device)[0] in (9, 10)
 
 
 # Adapters

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from model.devices import on_gpu
+
 # T tokens of the stream, R segments, H query heads, G key/value heads, E head size
 
 GAP = 7  # positions between segments where a kernel must not look across; Qwen3.5's convolution looks back 3
@@ -45,7 +47,7 @@ def packed_attention(
     Returns:
         Output [1, T, H, E], and no weights.
     """
-    if q_1HTE.is_cuda and q_1HTE.dtype != torch.float32:
+    if on_gpu(q_1HTE) and q_1HTE.dtype != torch.float32:
         return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
     return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths), None
 

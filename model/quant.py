@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
+from model.devices import on_gpu
+
 # O output features, I input features; x_XI has any leading dimensions
 
 NF4_BLOCK = 64  # weights that share one absmax
@@ -164,7 +166,7 @@ def quantize_int8(weight_RI: Tensor) -> tuple[Tensor, Tensor]:
 
 def pieces(weights: Tensor) -> tuple[Tensor, ...]:
     """On CPU a few at a time: what quantizing needs beside them then stays in the cache, and below 4 MiB."""
-    if weights.is_cuda:
+    if on_gpu(weights):
         return (weights,)
     return weights.split(max(CPU_PIECE * len(weights) // weights.numel(), 1))
 
@@ -173,7 +175,7 @@ def pieces(weights: Tensor) -> tuple[Tensor, ...]:
 def one_thread_on_cpu(weights: Tensor) -> Iterator[None]:
     """bitsandbytes' steps on CPU are too small to share: one thread quantizes 40 M weights/s, two of them 18 M."""
     num_threads = torch.get_num_threads()
-    if not weights.is_cuda:
+    if not on_gpu(weights):
         torch.set_num_threads(1)
     try:
         yield

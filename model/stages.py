@@ -49,16 +49,19 @@ class Stage(nn.Module):
         # three rows of positions (time, height, width), all alike for text, where the model rotates by three
         is_3d = hasattr(text_model.rotary_emb, "mrope_section")
         rotary = text_model.rotary_emb(x_1TD, positions_T.expand(3, 1, -1) if is_3d else positions_T[None])
-        for layer in range(self.first // 2, (self.stop + 1) // 2):
-            run: Callable[..., Tensor] = partial(
-                decoder_layer, text_model.layers[layer], rotary=rotary, segments=segments,
-                mixer=2 * layer >= self.first, feed_forward=2 * layer + 1 < self.stop,
-            )
-            if self.recompute and torch.is_grad_enabled():
-                x_1TD = checkpoint(run, x_1TD, use_reentrant=False, preserve_rng_state=self.has_dropout)
-            else:
-                x_1TD = run(x_1TD)
+        for number in range(self.first // 2, (self.stop + 1) // 2):
+            x_1TD = self.run_layer(number, x_1TD, rotary, segments)
         return x_1TD
+
+    def run_layer(self, number: int, x_1TD: Tensor, rotary: Any, segments: Segments) -> Tensor:
+        """One decoder layer, or the half of it that this stage holds; its activations are kept, or computed again."""
+        run: Callable[..., Tensor] = partial(
+            decoder_layer, self.model.model.layers[number], rotary=rotary, segments=segments,
+            mixer=2 * number >= self.first, feed_forward=2 * number + 1 < self.stop,
+        )
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, x_1TD, use_reentrant=False, preserve_rng_state=self.has_dropout)
+        return run(x_1TD)
 
     def losses(self, x_1TD: Tensor, predict_N: Tensor, labels_N: Tensor) -> Tensor:
         """Last stage: cross-entropy of each supervised position, [N] in float32; nothing else meets norm and head."""

@@ -18,6 +18,7 @@ from data.batches import Microbatch, StepBatch
 from loop import accumulate
 from loop.fit import share_losses
 from loop.gpipe import Pipeline
+from loop.memory import Memory
 from loop.optim import make_optimizer, set_learning_rate, sync_and_clip
 from loop.ranks import DistributedConfig, Ranks
 from model.build import build
@@ -27,6 +28,7 @@ from model.tiny import write_tiny
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+MEMORY = Memory(CPU)
 SIZES = {"qwen3": {}, "llama": {}, "qwen3_5_moe": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}}
 TARGETS = {"qwen3": (), "llama": (), "qwen3_5_moe": ("in_proj_qkv", "in_proj_z", "out_proj")}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -100,7 +102,7 @@ def check(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("kind", SIZES)
 def test_every_cut_into_2_3_and_4_stages_gives_the_same_losses_and_gradients(checkpoints, world_of_one, kind):
     whole, batch = make(checkpoints[kind]), make_batch(3)
-    expected_losses = accumulate.forward_backward(whole, batch)
+    expected_losses = accumulate.forward_backward(whole, MEMORY, batch)
     expected = take_gradients(whole)
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
     num_tried = 0
@@ -109,7 +111,7 @@ def test_every_cut_into_2_3_and_4_stages_gives_the_same_losses_and_gradients(che
             stages = [Stage(whole.model, *bounds, recompute=num_tried % 2 == 1).train()
                       for bounds in zip((0, *cuts), (*cuts, NUM_SUBLAYERS))]
             for schedule in ("gpipe", "1f1b"):
-                losses = Pipeline(stages, world_of_one, schedule).forward_backward(batch)
+                losses = Pipeline(stages, world_of_one, schedule, MEMORY).forward_backward(batch)
                 assert difference(losses, expected_losses) < 1e-6, (cuts, schedule)
                 check(take_gradients(whole), expected)
             num_tried += 1
@@ -141,8 +143,8 @@ def test_a_stage_without_adapters_is_passed_through(checkpoints, world_of_one):
 
     stages = [cut(checkpoints["llama"], first, stop) for first, stop in ((0, 1), (1, 6))]
     whole, batch = cut(checkpoints["llama"], 0, 6), make_batch(2)
-    expected_losses = accumulate.forward_backward(whole, batch)
-    assert torch.equal(Pipeline(stages, world_of_one, "1f1b").forward_backward(batch), expected_losses)
+    expected_losses = accumulate.forward_backward(whole, MEMORY, batch)
+    assert torch.equal(Pipeline(stages, world_of_one, "1f1b", MEMORY).forward_backward(batch), expected_losses)
     expected = take_gradients(whole)
     assert not stages[0].adapters() and stages[1].adapters().keys() == expected.keys()
     assert all(torch.equal(p.grad, expected[name]) for name, p in stages[1].adapters().items() if name.endswith("lora_B"))
@@ -163,7 +165,7 @@ def worker(model_dir: Path) -> None:
         split.make_groups(timedelta(seconds=60))
         bounds = list(zip((0, *cuts[num_stages]), (*cuts[num_stages], NUM_SUBLAYERS)))[split.stage]
         stage, whole = make(model_dir, *bounds, recompute=True), make(model_dir)
-        pipeline = Pipeline([stage], split, schedule)
+        pipeline = Pipeline([stage], split, schedule, MEMORY)
         optimizers = [make_optimizer("adamw", s.adapters().values(), 0.01) for s in (stage, whole)]
         tolerance = 1e-5 if split.num_replicas > 1 else 0.0
         for step in range(1, num_steps + 1):
@@ -176,7 +178,7 @@ def worker(model_dir: Path) -> None:
             for losses_N, expected_N in zip(evaluated, accumulate.forward_only(whole, everything)[share.slots.start:]):
                 assert difference(losses_N, expected_N) <= tolerance
             losses = share_losses(pipeline.forward_backward(share), share, split)
-            expected_losses = share_losses(accumulate.forward_backward(whole, everything), everything, alone)
+            expected_losses = share_losses(accumulate.forward_backward(whole, MEMORY, everything), everything, alone)
             norm = sync_and_clip(stage.adapters().values(), 0.5, split)
             expected_norm = sync_and_clip(whole.adapters().values(), 0.5, alone)
             assert difference(torch.tensor(losses), torch.tensor(expected_losses)) <= tolerance

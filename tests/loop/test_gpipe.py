@@ -13,6 +13,7 @@ from data.batches import Microbatch, StepBatch
 from loop.config import load_config, parse_pipeline_command_line
 from loop.fit import TrainConfig
 from loop.gpipe import Pipeline
+from loop.memory import Memory
 from loop.ranks import Ranks
 from loop.split import Cost, Load, PipelineConfig, balance, check_split, choose_ranks, sublayer_costs, table
 from loop.timeline import busy_and_idle, draw, write
@@ -23,6 +24,7 @@ from model.stages import Stage
 from model.tiny import write_tiny
 
 CPU = torch.device("cpu")
+MEMORY = Memory(CPU)
 TRAIN = TrainConfig(epochs=1, rows_per_step=80, microbatch_tokens=8192, learning_rate=1e-4)
 
 
@@ -141,7 +143,7 @@ def pipeline(tmp_path_factory):
     whole = build(model_dir, "float32", LoraConfig(4, 8, ("q_proj",)), seed=0, device=CPU, recompute=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     stages = [Stage(whole.model, first, first + 2, recompute=True).train() for first in (0, 2)]
-    yield Pipeline(stages, Ranks(0, 1, 0, CPU), "1f1b")
+    yield Pipeline(stages, Ranks(0, 1, 0, CPU), "1f1b", MEMORY)
     dist.destroy_process_group()
 
 
@@ -177,7 +179,7 @@ def test_boundaries_travel_in_the_compute_dtype(pipeline, tmp_path):
     lora = LoraConfig(4, 8, ("q_proj",))
     stages = [build(model_dir, "bf16", lora, seed=0, device=CPU, recompute=True, first=first, stop=first + 2)
               for first in (0, 2)]
-    split = Pipeline(stages, Ranks(0, 1, 0, CPU), "gpipe")
+    split = Pipeline(stages, Ranks(0, 1, 0, CPU), "gpipe", MEMORY)
     split.forward_backward(make_batch(2))
     first, last = split.kept[1]._stages
     assert last.args_recv_info[0][0].tensor_meta.dtype == first.grad_recv_info[0][0].tensor_meta.dtype == torch.bfloat16
@@ -227,7 +229,7 @@ def test_an_ideal_pipeline_idles_as_gpipe_says(tmp_path):
 
 
 def test_what_a_rank_waits_for_is_said_with_the_peers_rank(pipeline):
-    second_replica = Pipeline([pipeline.parts[0].stage], Ranks(4, 6, 4, CPU, num_stages=3), "gpipe")
+    second_replica = Pipeline([pipeline.parts[0].stage], Ranks(4, 6, 4, CPU, num_stages=3), "gpipe", MEMORY)
     second_replica.parts[0].batch = make_batch(1)
     say = second_replica.describe
     assert say(1, 2, "output", sends=False) == "stage 0 (rank 3) to send the output of microbatch 2 in step 7"

@@ -80,10 +80,13 @@ def test_changed_settings_are_named_and_force_or_never_get_past_them(write_confi
 def test_a_step_that_is_not_finite_is_skipped_and_its_rows_named(write_config, run_train, monkeypatch, capsys):
     from loop import accumulate
 
-    honest = accumulate.token_losses
-    monkeypatch.setattr(
-        accumulate, "token_losses", lambda stage, mb: honest(stage, mb) * (float("nan") if 5 in mb.lines else 1)
-    )
+    honest = accumulate.hidden_states
+
+    def broken(stage, microbatch):
+        on_device, x_1TD = honest(stage, microbatch)
+        return on_device, x_1TD * (float("nan") if 5 in microbatch.lines else 1)
+
+    monkeypatch.setattr(accumulate, "hidden_states", broken)
     lines = [line for line in run_train(write_config(eval__max_rows=4, train__epochs=1)) if "lr" in line]
     skipped = [line for line in lines if line["skipped"]]
     assert len(skipped) == 1 and skipped[0]["loss"] is None and len(lines) == 5
@@ -95,7 +98,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_rows_named(write_config, r
 def test_five_steps_in_a_row_that_are_not_finite_end_the_run(write_config, run_train, monkeypatch):
     from loop import accumulate
 
-    monkeypatch.setattr(accumulate, "forward_backward", lambda stage, batch: torch.full((len(batch.microbatches),), torch.nan))
+    monkeypatch.setattr(
+        accumulate, "forward_backward", lambda stage, memory, batch: torch.full((len(batch.microbatches),), torch.nan))
     with pytest.raises(ValueError, match="not finite in 5 steps in a row, the last at step 5"):
         run_train(write_config())
 

@@ -1,0 +1,118 @@
+"""How much memory a run will take on each rank: picks the steps that may take the most, and rehearses them.
+Takes seconds a rank, and what a rehearsal takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.batches import Batches, Microbatch, StepBatch
+from loop.config import Config
+from loop.memory import GIB, sizes
+from loop.peak import Peak
+from loop.ranks import Ranks
+from loop.rehearsal import Share, rehearse
+
+MAX_STEPS_LOOKED_AT = 1000
+
+
+def forecast(
+    config: Config, model: Path, share: Share, batches: Batches, done: int = 0, worst_routing: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Peak, Peak]:
+    """The highest peak of steps `done + 1` to the end of a run, and the same if all tokens go to the same experts.
+
+    Args:
+        model: as for `rehearse`, as is `group`.
+        batches: this rank's rows.
+    """
+    peaks = [
+        rehearse(config, model, share, trimmed(batch, share), worst_routing=worst_routing, first_step=first, group=group)
+        for batch, first in largest_steps(config, share, batches, done)
+    ]
+    return max((peak for peak, _ in peaks), key=by_size), max((worst for _, worst in peaks), key=by_size)
+
+
+def foresee(
+    config: Config, model_dir: Path, ranks: Ranks, batches: Batches, first: int = 0, stop: int | None = None
+) -> tuple[Peak, list[float]]:
+    """The forecast of a run that begins: this rank's, and the GiB of all ranks in order."""
+    share = Share(ranks.device.type, ranks.rank, ranks.num_replicas, ranks.num_stages, first, stop)
+    peak, _ = forecast(config, model_dir, share, batches, group=ranks.replica_group)
+    return peak, gathered(peak.num_bytes, ranks)
+
+
+def gathered(num_bytes: int, ranks: Ranks) -> list[float]:
+    """A number of every rank, as GiB, on all of them."""
+    bytes_R = torch.zeros(ranks.world_size, dtype=torch.float64, device=ranks.device)
+    bytes_R[ranks.rank] = num_bytes
+    return (ranks.all_reduce(bytes_R) / GIB).tolist()
+
+
+def by_size(peak: Peak) -> int:
+    return peak.num_bytes
+
+
+def largest_steps(config: Config, share: Share, batches: Batches, done: int) -> list[tuple[StepBatch, bool]]:
+    """The steps that may take the most, and whether no optimizer states are there yet."""
+    seed, total = config.train.seed, config.train.total_steps(batches.steps_per_epoch)
+    shapes = list(batches.shapes(done, min(total, done + MAX_STEPS_LOOKED_AT), seed))
+    is_first = done == 0 and config.resume != "force"
+    chosen: dict[int, bool] = {}
+    for kind in range(2 if share.num_stages > 1 else 1):  # on one device no microbatch waits for another
+        by_shape = sorted(shapes, key=lambda shape: sizes(*shape[1:])[kind], reverse=True)
+        for step, *_ in by_shape[:2]:
+            first = is_first and step == 1
+            chosen[step] = first
+            if not first:
+                break
+    return [(batch, first) for step, first in chosen.items() for batch in batches.train_steps(step - 1, step, seed)]
+
+
+def trimmed(batch: StepBatch, share: Share) -> StepBatch:
+    """On one device: of many microbatches two, the second the one with the most supervised positions."""
+    if share.num_stages > 1 or len(batch.microbatches) <= 2:
+        return batch
+    by_supervised = sorted(batch.microbatches, key=lambda m: len(m.predict_N))
+    return replace(batch, microbatches=by_supervised[-2:], slots=range(2))
+
+
+def full_step(config: Config, num_replicas: int, row_tokens: int, supervised: float) -> StepBatch:
+    """A step whose microbatches are all full, where there are no rows to look at.
+
+    Args:
+        row_tokens: length of a row.
+        supervised: share of its tokens.
+    """
+    length = -(-config.train.microbatch_tokens // 128) * 128
+    num = max(-(-config.train.rows_per_step * row_tokens // (num_replicas * length)), 1)
+    lengths = [row_tokens] * (length // row_tokens) + [length % row_tokens] * (length % row_tokens > 0)
+    ids_T, predict_N = torch.zeros(length, dtype=torch.int64), torch.zeros(int(length * supervised), dtype=torch.int64)
+    microbatch = Microbatch(
+        ids_T=ids_T, positions_T=ids_T, cu_seqlens_R1=torch.zeros(len(lengths) + 1, dtype=torch.int32), lengths=tuple(lengths),
+        predict_N=predict_N, labels_N=predict_N, sources_N=predict_N, lines=(), num_tokens=length)
+    return StepBatch(
+        step=1, epoch=0, microbatches=[microbatch] * num, length=length, slots=range(num), lines_by_slot=[[]] * num,
+        num_rows=config.train.rows_per_step, num_tokens=length * num, num_supervised_tokens=len(predict_N) * num)
+
+
+def sentence(peak: Peak, all_gib: list[float]) -> str:
+    """What a run says of its plan before it loads anything."""
+    held = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in peak.held.items() if num_bytes >= GIB / 200)
+    return f"planned peak of tensors: {per_rank(all_gib)} GiB; on rank 0 in the {peak.moment}: {held}"
+
+
+def comparison(planned_gib: list[float], measured_gib: list[float]) -> str:
+    """The same when it has ended, against what it took."""
+    if not all(measured_gib):
+        return f"planned peak of tensors: {per_rank(planned_gib)} GiB; no step was measured"
+    off = [100 * (measured / planned - 1) for planned, measured in zip(planned_gib, measured_gib)]
+    return (f"peak of tensors: planned {per_rank(planned_gib)} GiB, measured {per_rank(measured_gib)} GiB "
+            f"({', '.join(f'{percent:+.1f} %' for percent in off)})")
+
+
+def per_rank(all_gib: list[float]) -> str:
+    return ", ".join(f"{gib:.3g}" if gib < 1 else f"{gib:.2f}" for gib in all_gib)

@@ -1,0 +1,285 @@
+"""One rank's training step without weights and without its device: the real build, the real loop and the real schedule
+on fake tensors, which have shapes and no values. Takes seconds and some 100 MiB, whatever the model's size."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from bitsandbytes import functional as bnb
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
+
+from data.batches import Batches, Microbatch, StepBatch
+from loop import accumulate
+from loop.config import Config
+from loop.fit import fit
+from loop.gpipe import Pipeline
+from loop.ledger import Ledger
+from loop.memory import Memory
+from loop.metrics import RunLog
+from loop.optim import make_optimizer
+from loop.peak import Peak
+from loop.ranks import Ranks
+from model import experts
+from model.build import Weights, build_empty
+from model.devices import planning_for
+from model.lora import LoraMatmul
+from model.shards import Weight
+from model.stages import Stage, decoder_layer
+
+SLICE_BYTES = 8 * 2**20  # as `shards.stream` reads
+CUDA_BLOCK = 512  # bytes that CUDA's allocator rounds up to
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank of a run does."""
+
+    device: str  # its type
+    rank: int = 0
+    num_replicas: int = 1
+    num_stages: int = 1
+    first: int = 0  # its sublayers
+    stop: int | None = None
+
+
+def rehearse(
+    config: Config, model: Path, share: Share, batch: StepBatch, worst_routing: bool = False, all_layers: bool = False,
+    first_step: bool = False, group: dist.ProcessGroup | None = None,
+) -> tuple[Peak, Peak]:
+    """The peak of a step like `batch`.
+
+    Args:
+        model: a directory with config.json, or a file like it.
+        worst_routing: also for the case that all tokens go to the same experts; else the second peak is the first.
+        all_layers: compute every layer of every microbatch, for tests; else of layers that are alike only one.
+        first_step: before any optimizer states are there.
+        group: the stages of this replica, where there is such a group; else one is pretended.
+    """
+    ledger = Ledger(round_to=CUDA_BLOCK if share.device == "cuda" else 1)
+    memory = Memory(torch.device("cpu"), ledger)
+    ranks = RehearsedRanks(
+        share.rank, share.num_replicas * share.num_stages, 0, torch.device("cpu"), share.num_stages, group)
+    with ExitStack() as stack:
+        for context in (pretended_group(ranks), nothing_sent(), nothing_left_behind(), planning_for(share.device),
+                        FakeTensorMode(allow_non_fake_inputs=True), ledger):
+            stack.enter_context(context)
+        with memory.during("build"):
+            stage, weights = build_empty(
+                model, config.model.base, config.lora, seed=0, device=ranks.device, recompute=config.train.recompute,
+                first=share.first, stop=share.stop,
+            )
+        with memory.during("load"):
+            put_nothing(weights)
+        adapters = stage.adapters()
+        ledger.watch(stage.model)
+        ledger.tag("adapters", adapters.values())
+        if not all_layers:
+            setattr(stage, "run_layer", Representatives(stage, memory, ledger, len(batch.microbatches), share.num_stages))
+        optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
+        memory.attach(stage.model, adapters.values(), optimizer)
+        starts: list[int] = []
+
+        def steps() -> Iterator[StepBatch]:
+            if not first_step:
+                yield replace(batch, microbatches=[], slots=range(0))  # leaves optimizer states behind
+            for bounds in (experts.uniform_bounds, experts.worst_bounds)[: 1 + worst_routing]:
+                starts.append(ledger.clock)
+                with assumed(bounds):
+                    yield fake(batch)
+
+        if share.num_stages > 1:
+            forward_backward: Any = Pipeline([stage], ranks, config.pipeline.schedule, memory).forward_backward
+        else:
+            forward_backward = partial(accumulate.forward_backward, stage, memory)
+        fit(
+            replace(config.train, max_steps=3, router_stats=False), 0, Steps(steps), adapters, optimizer,
+            forward_backward, evaluate=lambda: (0.0, {}), save=lambda step, eval_loss: None,
+            eval_every=1000, save_every=1000, ranks=ranks, log=RunLog(Path(), "", enabled=False), memory=memory,
+        )
+        ends = [*starts[1:], ledger.clock]
+    peaks = [Peak.of(ledger, start, end) for start, end in zip(starts, ends)]
+    return peaks[0], peaks[-1]
+
+
+class Steps(Batches):
+    """Gives the loop these steps, not those of any rows."""
+
+    def __init__(self, steps: Callable[[], Iterator[StepBatch]]) -> None:
+        self.steps = steps
+        self.steps_per_epoch = 1
+
+    def train_steps(self, done: int, total: int, seed: int) -> Iterator[StepBatch]:
+        return self.steps()
+
+
+class RehearsedRanks(Ranks):
+    """Ranks of which only this one is there: collectives return what they were given."""
+
+    def all_reduce(self, tensor: Tensor, group: Any = None) -> Tensor:
+        return tensor
+
+    def concatenate_stages(self, values_P: Tensor) -> Tensor:
+        return values_P
+
+
+@contextmanager
+def pretended_group(ranks: Ranks) -> Iterator[None]:
+    """torch's pipeline stages want a process group; where there is none, one that goes nowhere."""
+    if ranks.num_stages == 1 or dist.is_initialized():
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=ranks.stage, world_size=ranks.num_stages, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Sent:
+    """Stands in for a message under way: holds its tensor until it is waited for, as NCCL's and gloo's do."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+    def wait(self) -> None:
+        self.tensor = None
+
+
+@contextmanager
+def nothing_sent() -> Iterator[None]:
+    """No message leaves, whatever group there is: of the schedule's, of those that torch sends before its first one."""
+    replaced = [
+        (schedules, "_batch_p2p", lambda ops, desc=None: [Sent(op.tensor) for op in ops]),
+        (dist, "send", lambda *args, **kwargs: None),
+        (dist, "recv", lambda *args, **kwargs: None),
+    ]
+    originals = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, stand_in in replaced:
+        setattr(module, name, stand_in)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(replaced, originals):
+            setattr(module, name, original)
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """bitsandbytes keeps its 8-bit type for whoever quantizes next, which must not find one without values."""
+    before = dict(bnb.name2qmap)
+    try:
+        yield
+    finally:
+        bnb.name2qmap.clear()
+        bnb.name2qmap.update(before)
+
+
+def put_nothing(weights: Weights) -> None:
+    """Gives every weight its storage. Experts are alike, so one of each layer shows what quantizing takes."""
+    for item in weights.wanted:
+        if isinstance(item, Weight):
+            num_rows, *rest = item.shape
+            step = max(SLICE_BYTES // (2 * torch.Size(rest).numel()) // 128 * 128, 128)
+            for start in range(0, num_rows, step):
+                item.put(start, torch.empty(min(step, num_rows - start), *rest, dtype=torch.bfloat16))
+        else:
+            gate_up_2ID = torch.empty(2 * item.intermediate, item.hidden, dtype=torch.bfloat16)
+            item.put(0, gate_up_2ID, torch.empty(item.hidden, item.intermediate, dtype=torch.bfloat16))
+
+
+def fake(batch: StepBatch) -> StepBatch:
+    """The same with tensors that have no values; to be called inside FakeTensorMode."""
+    def empty(value: Any) -> Any:
+        return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+    return replace(batch, microbatches=[
+        Microbatch(**{name: empty(value) for name, value in vars(m).items()}) for m in batch.microbatches])
+
+
+@contextmanager
+def assumed(bounds: Callable[[int, int, int], list[int]]) -> Iterator[None]:
+    experts.ASSUMED.append(bounds)
+    try:
+        yield
+    finally:
+        experts.ASSUMED.pop()
+
+
+# Of layers that are alike, one is enough
+
+
+class Representatives:
+    """Runs one decoder layer of each kind, and has the others allocate and keep as much, in the same places.
+
+    The last of its kind is run: there, at the start of the backward pass, most is kept. The first one is run too where
+    its activations are kept, which tells how much those of the others are, and where a step has a single microbatch,
+    so that gradients come while activations go. Of many microbatches the first two are run: what later ones find is
+    what the second finds, or less. `rehearse(all_layers=True)` is the plain reference.
+    """
+
+    def __init__(self, stage: Stage, memory: Memory, ledger: Ledger, num_microbatches: int, num_stages: int) -> None:
+        self.stage, self.memory, self.ledger = stage, memory, ledger
+        self.plain = stage.run_layer
+        self.keeps = not stage.recompute
+        self.only_one = num_microbatches == 1
+        # on one device a microbatch meets nothing of the one before but its gradients
+        self.run_microbatches = (0, 1) if num_stages > 1 or self.keeps or self.only_one else (1,)
+        numbers = range(stage.first // 2, (stage.stop + 1) // 2)
+        self.kind = {number: kind_of(stage, number) for number in numbers}
+        self.first = {kind: number for number, kind in reversed(self.kind.items())}
+        self.last = {kind: number for number, kind in self.kind.items()}
+        self.kept: dict[Any, int] = {}  # bytes that a layer of a kind keeps beside its input and output
+
+    def __call__(self, number: int, x_1TD: Tensor, rotary: Any, segments: Any) -> Tensor:
+        kind = self.kind[number]
+        is_first_use = self.first[kind] == number and (self.only_one or (self.keeps and kind not in self.kept))
+        if self.memory.microbatch in self.run_microbatches and (self.last[kind] == number or is_first_use):
+            before = self.ledger.current
+            y_1TD = self.plain(number, x_1TD, rotary, segments)
+            output_bytes = self.ledger.allocation_of(y_1TD).num_bytes
+            self.kept[kind] = self.ledger.current - before - output_bytes if self.keeps else 0
+            return y_1TD
+        parameters = [p for p in self.stage.model.model.layers[number].parameters() if p.requires_grad]
+        named = partial(self.ledger.pretending, f"model.layers.{number}")
+        with named(decoder_layer):
+            return StandIn.apply(x_1TD, parameters[0] if parameters else None, self.kept.get(kind, 0), parameters, named)
+
+
+def kind_of(stage: Stage, number: int) -> Any:
+    """What two layers have in common if they are alike."""
+    layer = stage.model.model.layers[number]
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    halves = 2 * number >= stage.first, 2 * number + 1 < stage.stop
+    return halves, tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
+
+
+class StandIn(torch.autograd.Function):
+    """Takes and keeps the memory of a decoder layer, but for what it needs while it computes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_1TD: Tensor, anchor: Tensor | None, kept_bytes: int, parameters: list[nn.Parameter],
+        named: Callable[..., Any],
+    ) -> Tensor:
+        ctx.save_for_backward(x_1TD, torch.empty(kept_bytes, dtype=torch.uint8))
+        ctx.parameters, ctx.named = parameters, named
+        return torch.empty_like(x_1TD)
+
+    @staticmethod
+    def backward(ctx: Any, dy_1TD: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.named(LoraMatmul.backward):
+            for parameter in ctx.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            dx_1TD = torch.empty_like(dy_1TD) if ctx.needs_input_grad[0] else None
+        return dx_1TD, None, None, None, None
