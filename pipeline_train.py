@@ -21,6 +21,7 @@ from loop.gpipe import Pipeline
 from loop.launch import restart_as_ranks
 from loop.memory import Memory
 from loop.metrics import LoadingBar, RunLog
+from loop.oom import reporting
 from loop.optim import make_optimizer
 from loop.ranks import Ranks, launched_ranks
 from loop.run import course, load_splits, prepare_directory, resume, save
@@ -57,41 +58,43 @@ def main() -> None:
     first, stop = [0, *split][ranks.stage], [*split, num_sublayers][ranks.stage]
     plan, planned_gib = foresee(config, model_dir, ranks, train_batches, first, stop)
     log.say(sentence(plan, planned_gib))
-    memory = Memory(ranks.device)
-    with memory.during("build"):
-        stage, weights = build_empty(
-            model_dir, config.model.base, config.lora,
-            seed=config.train.seed, device=ranks.device, recompute=config.train.recompute,
-            first=first, stop=stop,
-        )
-    with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
-        weights.load(model_dir, bar.advance)
-    if config.train.router_stats:
-        start_counting(stage.model)
-    adapters = stage.adapters()
-    optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
-    memory.attach(stage.model, adapters.values(), optimizer)
-    settings = course(config, train_rows, eval_rows)
-    done = resume(config, settings, adapters, optimizer, ranks, log.say)
+    log.plan(planned_gib, ranks.device)
+    memory = Memory(ranks.device, run_dir=config.run_dir, rank=ranks.rank, trace_step=config.train.memory_trace, say=log.say)
+    with reporting(config, model_dir, ranks, train_batches, eval_batches, plan, memory, first, stop):
+        with memory.during("build"):
+            stage, weights = build_empty(
+                model_dir, config.model.base, config.lora,
+                seed=config.train.seed, device=ranks.device, recompute=config.train.recompute,
+                keep_layers=config.train.keep_layers, first=first, stop=stop,
+            )
+        with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
+            weights.load(model_dir, bar.advance)
+        if config.train.router_stats:
+            start_counting(stage.model)
+        adapters = stage.adapters()
+        optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
+        memory.attach(stage.model, adapters.values(), optimizer)
+        settings = course(config, train_rows, eval_rows)
+        done = resume(config, settings, adapters, optimizer, ranks, log.say)
 
-    pipeline = Pipeline([stage], ranks, config.pipeline.schedule, memory)
-    alone = num_stages == 1
-    forward_backward = partial(accumulate.forward_backward, stage, memory) if alone else pipeline.forward_backward
-    forward_only = partial(accumulate.forward_only, stage) if alone else pipeline.forward_only
-    log.say(
-        f"{train_batches.num_rows:,} rows, {train_batches.steps_per_epoch:,} steps an epoch, "
-        f"{num_stages} stage(s), {ranks.num_replicas} replica(s) on {ranks.device.type}"
-    )
-    fit(
-        config.train, done, train_batches, adapters, optimizer, forward_backward,
-        evaluate=lambda: evaluate(eval_batches, config.eval.max_rows, forward_only, ranks),
-        save=lambda step, eval_loss: save(config, step, eval_loss, settings, adapters, optimizer, ranks, log),
-        eval_every=config.eval.every, save_every=config.checkpoint.every,
-        ranks=ranks, log=log, memory=memory,
-        load_balance=partial(load_balance, stage.model, ranks.sum_replicas, ranks.gather_stages)
-        if config.train.router_stats else None,
-        timings=dict if alone else partial(pipeline.timings, config.run_dir),
-    )
+        pipeline = Pipeline([stage], ranks, config.pipeline.schedule, memory)
+        alone = num_stages == 1
+        forward_backward = partial(accumulate.forward_backward, stage, memory) if alone else pipeline.forward_backward
+        forward_only = partial(accumulate.forward_only, stage) if alone else pipeline.forward_only
+        log.say(
+            f"{train_batches.num_rows:,} rows, {train_batches.steps_per_epoch:,} steps an epoch, "
+            f"{num_stages} stage(s), {ranks.num_replicas} replica(s) on {ranks.device.type}"
+        )
+        fit(
+            config.train, done, train_batches, adapters, optimizer, forward_backward,
+            evaluate=lambda: evaluate(eval_batches, config.eval.max_rows, forward_only, ranks),
+            save=lambda step, eval_loss: save(config, step, eval_loss, settings, adapters, optimizer, ranks, log),
+            eval_every=config.eval.every, save_every=config.checkpoint.every,
+            ranks=ranks, log=log, memory=memory,
+            load_balance=partial(load_balance, stage.model, ranks.sum_replicas, ranks.gather_stages)
+            if config.train.router_stats else None,
+            timings=dict if alone else partial(pipeline.timings, config.run_dir),
+        )
     log.say(comparison(planned_gib, gathered(memory.most_bytes, ranks)))
     log.say(f"finished: {config.run_dir}")
     log.close()

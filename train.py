@@ -17,6 +17,7 @@ from loop.fit import fit
 from loop.forecast import comparison, foresee, gathered, sentence
 from loop.memory import Memory
 from loop.metrics import LoadingBar, RunLog
+from loop.oom import reporting
 from loop.optim import make_optimizer
 from loop.ranks import Ranks
 from loop.run import course, load_splits, prepare_directory, resume, save
@@ -39,32 +40,35 @@ def main() -> None:
 
     plan, planned_gib = foresee(config, model_dir, ranks, train_batches)
     log.say(sentence(plan, planned_gib))
-    memory = Memory(ranks.device)
-    with memory.during("build"):
-        stage, weights = build_empty(
-            model_dir, config.model.base, config.lora,
-            seed=config.train.seed, device=ranks.device, recompute=config.train.recompute,
-        )
-    with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
-        weights.load(model_dir, bar.advance)
-    if config.train.router_stats:
-        start_counting(stage.model)
-    adapters = stage.adapters()
-    optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
-    memory.attach(stage.model, adapters.values(), optimizer)
-    settings = course(config, train_rows, eval_rows)
-    done = resume(config, settings, adapters, optimizer, ranks, log.say)
+    log.plan(planned_gib, ranks.device)
+    memory = Memory(ranks.device, run_dir=config.run_dir, rank=ranks.rank, trace_step=config.train.memory_trace, say=log.say)
+    with reporting(config, model_dir, ranks, train_batches, eval_batches, plan, memory):
+        with memory.during("build"):
+            stage, weights = build_empty(
+                model_dir, config.model.base, config.lora,
+                seed=config.train.seed, device=ranks.device, recompute=config.train.recompute,
+                keep_layers=config.train.keep_layers,
+            )
+        with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
+            weights.load(model_dir, bar.advance)
+        if config.train.router_stats:
+            start_counting(stage.model)
+        adapters = stage.adapters()
+        optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
+        memory.attach(stage.model, adapters.values(), optimizer)
+        settings = course(config, train_rows, eval_rows)
+        done = resume(config, settings, adapters, optimizer, ranks, log.say)
 
-    log.say(describe(train_batches, ranks, sum(p.numel() for p in adapters.values())))
-    fit(
-        config.train, done, train_batches, adapters, optimizer,
-        forward_backward=partial(accumulate.forward_backward, stage, memory),
-        evaluate=lambda: evaluate(eval_batches, config.eval.max_rows, partial(accumulate.forward_only, stage), ranks),
-        save=lambda step, eval_loss: save(config, step, eval_loss, settings, adapters, optimizer, ranks, log),
-        eval_every=config.eval.every, save_every=config.checkpoint.every,
-        ranks=ranks, log=log, memory=memory,
-        load_balance=partial(load_balance, stage.model, ranks.sum_replicas) if config.train.router_stats else None,
-    )
+        log.say(describe(train_batches, ranks, sum(p.numel() for p in adapters.values())))
+        fit(
+            config.train, done, train_batches, adapters, optimizer,
+            forward_backward=partial(accumulate.forward_backward, stage, memory),
+            evaluate=lambda: evaluate(eval_batches, config.eval.max_rows, partial(accumulate.forward_only, stage), ranks),
+            save=lambda step, eval_loss: save(config, step, eval_loss, settings, adapters, optimizer, ranks, log),
+            eval_every=config.eval.every, save_every=config.checkpoint.every,
+            ranks=ranks, log=log, memory=memory,
+            load_balance=partial(load_balance, stage.model, ranks.sum_replicas) if config.train.router_stats else None,
+        )
     log.say(comparison(planned_gib, gathered(memory.most_bytes, ranks)))
     log.say(f"finished: {config.run_dir}")
     log.close()

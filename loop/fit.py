@@ -33,17 +33,21 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
     recompute: bool = True  # recompute activations in the backward pass, decoder layer by decoder layer
+    keep_layers: int = 0  # but keep those of the last so many layers of each stage: `loop.plan --fit` says how many fit
     max_steps: int | None = None  # optimizer steps; null: as many as `epochs` take
     seed: int = 42
     deterministic: bool = False  # on GPU: bit-equal repeats, slower; the CPU always repeats
     router_stats: bool = False  # record each step how evenly every layer's routed experts were used
+    memory_trace: int | None = None  # optimizer step whose every allocation is recorded, as a page in the run's directory
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("rows_per_step", 1), ("microbatch_tokens", 128), ("seed", 0)):
+        for name, least in (("epochs", 1), ("rows_per_step", 1), ("microbatch_tokens", 128), ("seed", 0), ("keep_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, expected at least {least}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"train.max_steps is {self.max_steps}, expected at least 1, or null")
+        if self.memory_trace is not None and self.memory_trace < 1:
+            raise ValueError(f"train.memory_trace is {self.memory_trace}, expected the number of a step from 1, or null")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
             raise ValueError("train.learning_rate and train.max_grad_norm must be above 0")
         if not 0 <= self.warmup_fraction <= 1 or self.weight_decay < 0:
@@ -88,7 +92,7 @@ def fit(
     if done == 0:
         with memory.during("eval"):
             eval_loss, by_source = evaluate()
-        log.eval(0, eval_loss, by_source)
+        log.eval(0, eval_loss, by_source, memory.marks(ranks))
     for batch in batches.train_steps(done, total, config.seed):
         started = time.perf_counter()
         step = batch.step
@@ -118,6 +122,7 @@ def fit(
             "step_s": seconds, "tokens_per_s": batch.num_tokens / seconds, "peak_gib": peak_gib(ranks.device),
             **timings(),
         })
+        log.memory(step, memory.marks(ranks))
         if load_balance is not None:
             log.record({"step": step, "router": load_balance()})
         if skipped_in_a_row == MAX_SKIPPED:
@@ -130,7 +135,7 @@ def fit(
         if save_now or step % eval_every == 0:
             with memory.during("eval"):
                 eval_loss, by_source = evaluate()
-            log.eval(step, eval_loss, by_source)
+            log.eval(step, eval_loss, by_source, memory.marks(ranks))
             if save_now:
                 save(step, eval_loss)
 

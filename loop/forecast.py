@@ -15,6 +15,7 @@ from loop.memory import GIB, sizes
 from loop.peak import Peak
 from loop.ranks import Ranks
 from loop.rehearsal import Share, rehearse
+from model.delta_rule import padded_positions
 
 MAX_STEPS_LOOKED_AT = 1000
 
@@ -73,11 +74,12 @@ def largest_steps(config: Config, share: Share, batches: Batches, done: int) -> 
 
 
 def trimmed(batch: StepBatch, share: Share) -> StepBatch:
-    """On one device: of many microbatches two, the second the one with the most supervised positions."""
-    if share.num_stages > 1 or len(batch.microbatches) <= 2:
+    """On one device: of many microbatches three, the last two those that pad each other most and supervise most."""
+    if share.num_stages > 1 or len(batch.microbatches) <= 3:
         return batch
-    by_supervised = sorted(batch.microbatches, key=lambda m: len(m.predict_N))
-    return replace(batch, microbatches=by_supervised[-2:], slots=range(2))
+    most_padded = max(batch.microbatches, key=lambda m: padded_positions(m.lengths))
+    most_supervised = max(batch.microbatches, key=lambda m: len(m.predict_N))
+    return replace(batch, microbatches=[batch.microbatches[0], most_padded, most_supervised], slots=range(3))
 
 
 def full_step(config: Config, num_replicas: int, row_tokens: int, supervised: float) -> StepBatch:

@@ -100,6 +100,8 @@ class Ledger(TorchDispatchMode):
         return out
 
     def note(self, tensor: Tensor) -> None:
+        if (tensor.fake_device if is_fake(tensor) else tensor.device).type == "meta":
+            return  # a shape, no memory
         storage = tensor.untyped_storage()
         address, num_bytes = storage._cdata, storage.nbytes()
         num_bytes += -num_bytes % self.round_to
@@ -147,6 +149,7 @@ class Ledger(TorchDispatchMode):
         self.phases.append(Phase(name, self.clock, microbatch))
 
     def allocation_of(self, tensor: Tensor) -> Allocation:
+        """What is known of the memory that a tensor lies in."""
         return self.live[tensor.untyped_storage()._cdata][1]
 
     # Where it happens

@@ -1,13 +1,14 @@
 """Where memory is and was: named phases of every step, what tensors held at most, and what they held it for.
-Asks the allocator's own counters, which no device waits for; on the CPU, the operating system's."""
+Asks the allocator's own counters, which no device waits for; on the CPU, the operating system's (see `Memory.marks`)."""
 
 from __future__ import annotations
 
 import os
 import resource
 import sys
-from contextlib import contextmanager
-from typing import Any, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from data.batches import StepBatch
 from loop.ledger import Ledger
 from loop.peak import Peak
+from loop.ranks import Ranks
+from loop.trace import recorded
 
 GIB = 2**30
+CUDA_BLOCK = 512  # bytes that CUDA's allocator rounds up to
 PHASES = ("build", "load", "communicate", "forward", "loss", "backward", "sync", "step", "eval")
 STEP_PHASES = PHASES[2:-1]
+NAMES = {"build": "built", "load": "loaded", "step": "update"}  # in memory.jsonl, where `step` is the number of one
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HIGHEST: dict[torch.device, int] = {}  # bytes at most, before the allocator's own peak was last set back
 
@@ -53,13 +58,18 @@ class Memory:
     Args:
         device: this rank's.
         ledger: one that is kept all the time, for a rehearsal.
+        run_dir, rank, say: where the page of step `trace_step` goes, and who is told.
     """
 
-    def __init__(self, device: torch.device, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, device: torch.device, ledger: Ledger | None = None, run_dir: Path = Path(), rank: int = 0,
+        trace_step: int | None = None, say: Callable[[str], None] = print,
+    ) -> None:
         self.device, self.ledger = device, ledger
+        self.run_dir, self.rank, self.trace_step, self.say = run_dir, rank, trace_step, say
         self.phase = ""
         self.microbatch: int | None = None
-        self.seen: dict[str, tuple[int, int]] = {}  # of this step, by phase: bytes at its end, bytes at most
+        self.seen: dict[str, tuple[int, int]] = {}  # since the last `marks`, by phase: bytes at its end, bytes at most
         self.most_bytes = 0  # that tensors held in any step
         self.measured: Peak | None = None  # the same on the CPU, and what it was held for
         self.model: nn.Module = nn.Module()
@@ -77,6 +87,9 @@ class Memory:
     @contextmanager
     def during(self, phase: str, microbatch: int | None = None) -> Iterator[None]:
         """Names what happens inside. After an error the name stays, for the report."""
+        if self.phase == "eval":  # what a pipeline computes for held-out rows is no phase of a step
+            yield
+            return
         outside = self.phase, self.microbatch
         self.enter(phase, microbatch)
         yield
@@ -109,11 +122,27 @@ class Memory:
     def read(self) -> tuple[int, int]:
         """Bytes now, and at most since the last call (on the CPU: since the start)."""
         if self.device.type != "cuda":
-            return resident(), peak_resident()
+            now = resident()
+            return now, max(now, peak_resident())  # Linux counts the two in ways that differ by some pages
         counts = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]
         HIGHEST[self.device] = max(HIGHEST.get(self.device, 0), counts["peak"])
         torch.cuda.reset_peak_memory_stats(self.device)
         return counts["current"], counts["peak"]
+
+    def marks(self, ranks: Ranks) -> list[dict[str, dict[str, float]]]:
+        """What each rank's memory was, by phase, since the last call: GiB at its end, and at most. All ranks ask together.
+
+        Allocated memory on CUDA. On the CPU resident size, of which the system knows the peak since the process began.
+        Takes one sum of 144 bytes a rank, which waits for the device; alone, a rank waits for nothing.
+        """
+        if self.ledger is not None:  # of a rehearsal, whose tensors have no memory
+            return []
+        bytes_RP2 = torch.zeros(ranks.world_size, len(PHASES), 2, dtype=torch.float64)
+        bytes_RP2[ranks.rank] = torch.tensor([self.seen.get(phase, (-1, -1)) for phase in PHASES])  # -1: it did not occur
+        self.seen = {}
+        if ranks.world_size > 1:
+            bytes_RP2 = ranks.all_reduce(bytes_RP2.to(ranks.device))
+        return [in_gib(bytes_P2) for bytes_P2 in bytes_RP2.tolist()]
 
     # Steps
 
@@ -121,17 +150,25 @@ class Memory:
     def step(self, batch: StepBatch) -> Iterator[None]:
         """Measures one optimizer step."""
         self.num_steps += 1
-        self.seen = {}
-        if self.ledger is not None or self.device.type == "cuda" or not self.may_be_largest(batch):
+        traced = batch.step == self.trace_step
+        counted = self.device.type == "cuda"
+        measured = not counted and self.ledger is None and self.may_be_largest(batch)
+        if self.ledger is not None or not (traced or measured):
             yield
             return
-        self.ledger = self.begin_ledger()
-        with self.ledger:
+        self.ledger = ledger = self.begin_ledger(with_sites=traced)
+        with self.tracing(ledger, batch) if traced else ledger:
             yield
-        peak = Peak.of(self.ledger, 0, self.ledger.clock)
-        self.ledger = None
-        if peak.num_bytes > self.most_bytes:
+        self.ledger = None  # after an error it stays, for the report
+        peak = Peak.of(ledger, 0, ledger.clock)
+        if not counted and peak.num_bytes > self.most_bytes:
             self.measured, self.most_bytes = peak, peak.num_bytes
+
+    def tracing(self, ledger: Ledger, batch: StepBatch) -> AbstractContextManager[None]:
+        """Keeps the ledger in this step, and writes its page when the step has ended."""
+        there = [value for m in batch.microbatches for value in vars(m).values() if isinstance(value, Tensor)]
+        path = self.run_dir / f"memory-step-{batch.step}-rank-{self.rank}.html"
+        return recorded(ledger, there, self.device, path, f"{self.run_dir.name}, step {batch.step}, rank {self.rank}", self.say)
 
     def may_be_largest(self, batch: StepBatch) -> bool:
         most = max((len(m.predict_N) for m in batch.microbatches), default=0)
@@ -142,12 +179,23 @@ class Memory:
 
     def begin_ledger(self, with_sites: bool = False) -> Ledger:
         """A ledger that knows what is there already."""
-        ledger = Ledger(with_sites=with_sites)
+        ledger = Ledger(CUDA_BLOCK if self.device.type == "cuda" else 1, with_sites)
         ledger.watch(self.model)
         ledger.hold("weights", weight_tensors(self.model))
         ledger.hold("adapters", self.adapters)
         ledger.hold("optimizer", optimizer_tensors(self.optimizer))
+        for name, module in self.model.named_modules() if with_sites else ():
+            for tensor in own_tensors(module):
+                ledger.allocation_of(tensor).module = name
         return ledger
+
+
+def in_gib(bytes_P2: list[list[float]]) -> dict[str, dict[str, float]]:
+    """The phases that occurred, as memory.jsonl has them: to the KiB."""
+    return {
+        NAMES.get(phase, phase): {"gib": round(now / GIB, 6), "peak_gib": round(peak / GIB, 6)}
+        for phase, (now, peak) in zip(PHASES, bytes_P2) if now >= 0
+    }
 
 
 def sizes(length: int, num_microbatches: int, num_supervised: int) -> list[tuple[int, ...]]:
@@ -157,10 +205,13 @@ def sizes(length: int, num_microbatches: int, num_supervised: int) -> list[tuple
 
 def weight_tensors(model: nn.Module) -> list[Tensor]:
     """Everything a model holds but its adapters: parameters, buffers, and the states of 4-bit weights."""
-    found: list[Tensor] = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
-    for module in model.modules():
-        found += tensors_of(getattr(module, "state", None))
-    return found
+    return [t for module in model.modules() for t in own_tensors(module) if not t.requires_grad]
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module itself holds, its children apart."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return own + tensors_of(getattr(module, "state", None))
 
 
 def tensors_of(state: Any) -> list[Tensor]:

@@ -22,13 +22,14 @@ from loop.config import Config
 from loop.fit import fit
 from loop.gpipe import Pipeline
 from loop.ledger import Ledger
-from loop.memory import Memory
+from loop.memory import Memory, own_tensors
 from loop.metrics import RunLog
 from loop.optim import make_optimizer
 from loop.peak import Peak
 from loop.ranks import Ranks
 from model import experts
 from model.build import Weights, build_empty
+from model.delta_rule import padded_positions
 from model.devices import planning_for
 from model.lora import LoraMatmul
 from model.shards import Weight
@@ -74,15 +75,19 @@ def rehearse(
         with memory.during("build"):
             stage, weights = build_empty(
                 model, config.model.base, config.lora, seed=0, device=ranks.device, recompute=config.train.recompute,
+                keep_layers=config.train.keep_layers,
                 first=share.first, stop=share.stop,
             )
         with memory.during("load"):
             put_nothing(weights)
         adapters = stage.adapters()
         ledger.watch(stage.model)
+        for name, module in stage.model.named_modules():
+            for tensor in own_tensors(module):
+                ledger.allocation_of(tensor).module = name
         ledger.tag("adapters", adapters.values())
         if not all_layers:
-            setattr(stage, "run_layer", Representatives(stage, memory, ledger, len(batch.microbatches), share.num_stages))
+            setattr(stage, "run_layer", Representatives(stage, memory, ledger, batch, share.num_stages))
         optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
         memory.attach(stage.model, adapters.values(), optimizer)
         starts: list[int] = []
@@ -222,45 +227,54 @@ class Representatives:
     """Runs one decoder layer of each kind, and has the others allocate and keep as much, in the same places.
 
     The last of its kind is run: there, at the start of the backward pass, most is kept. The first one is run too where
-    its activations are kept, which tells how much those of the others are, and where a step has a single microbatch,
-    so that gradients come while activations go. Of many microbatches the first two are run: what later ones find is
-    what the second finds, or less. `rehearse(all_layers=True)` is the plain reference.
+    its activations are kept, which tells how much those of the others are, and where more gradients come in a step's
+    first backward pass than activations go. Of many microbatches the first two and the last are run, and the one
+    whose rows pad each other most; on one device, where a microbatch meets nothing of the one before but its
+    gradients, the last two of these are enough. `rehearse(all_layers=True)` is the plain reference.
     """
 
-    def __init__(self, stage: Stage, memory: Memory, ledger: Ledger, num_microbatches: int, num_stages: int) -> None:
+    def __init__(self, stage: Stage, memory: Memory, ledger: Ledger, batch: StepBatch, num_stages: int) -> None:
         self.stage, self.memory, self.ledger = stage, memory, ledger
         self.plain = stage.run_layer
-        self.keeps = not stage.recompute
-        self.only_one = num_microbatches == 1
-        # on one device a microbatch meets nothing of the one before but its gradients
-        self.run_microbatches = (0, 1) if num_stages > 1 or self.keeps or self.only_one else (1,)
+        microbatches = batch.microbatches
+        padded = max(range(len(microbatches)), key=lambda m: padded_positions(microbatches[m].lengths), default=0)
+        self.run_microbatches = {0, 1, padded, len(microbatches) - 1}
         numbers = range(stage.first // 2, (stage.stop + 1) // 2)
+        if num_stages == 1 and len(numbers) == len(stage.recomputed):
+            self.run_microbatches = {padded, len(microbatches) - 1}
         self.kind = {number: kind_of(stage, number) for number in numbers}
         self.first = {kind: number for number, kind in reversed(self.kind.items())}
         self.last = {kind: number for number, kind in self.kind.items()}
-        self.kept: dict[Any, int] = {}  # bytes that a layer of a kind keeps beside its input and output
+        # bytes that a layer of a kind keeps, beside its input and output, of rows of these lengths
+        self.kept: dict[tuple[Any, tuple[int, ...]], int] = {}
 
     def __call__(self, number: int, x_1TD: Tensor, rotary: Any, segments: Any) -> Tensor:
-        kind = self.kind[number]
-        is_first_use = self.first[kind] == number and (self.only_one or (self.keeps and kind not in self.kept))
+        kind, keeps = self.kind[number], number not in self.stage.recomputed
+        parameters = [p for p in self.stage.model.model.layers[number].parameters() if p.requires_grad]
+        grows = 4 * sum(p.numel() for p in parameters) > x_1TD.numel() * x_1TD.element_size()
+        is_first_use = self.first[kind] == number and (
+            self.memory.microbatch == 0 and grows or keeps and (kind, segments.lengths) not in self.kept)
         if self.memory.microbatch in self.run_microbatches and (self.last[kind] == number or is_first_use):
             before = self.ledger.current
             y_1TD = self.plain(number, x_1TD, rotary, segments)
             output_bytes = self.ledger.allocation_of(y_1TD).num_bytes
-            self.kept[kind] = self.ledger.current - before - output_bytes if self.keeps else 0
+            self.kept[kind, segments.lengths] = self.ledger.current - before - output_bytes if keeps else 0
             return y_1TD
-        parameters = [p for p in self.stage.model.model.layers[number].parameters() if p.requires_grad]
+        kept = self.kept.get((kind, segments.lengths))
+        if kept is None:  # of other rows, as many as any
+            kept = max((num_bytes for (known, _), num_bytes in self.kept.items() if known == kind), default=0)
         named = partial(self.ledger.pretending, f"model.layers.{number}")
         with named(decoder_layer):
-            return StandIn.apply(x_1TD, parameters[0] if parameters else None, self.kept.get(kind, 0), parameters, named)
+            return StandIn.apply(x_1TD, parameters[0] if parameters else None, kept, parameters, named)
 
 
 def kind_of(stage: Stage, number: int) -> Any:
     """What two layers have in common if they are alike."""
     layer = stage.model.model.layers[number]
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
-    halves = 2 * number >= stage.first, 2 * number + 1 < stage.stop
-    return halves, tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
+    halves = 2 * number >= stage.first, 2 * number + 1 < stage.stop, number in stage.recomputed
+    no_gradient = number == 0 and number not in stage.recomputed  # its input needs none, so that it keeps less
+    return halves, no_gradient, tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
 
 
 class StandIn(torch.autograd.Function):

@@ -25,7 +25,8 @@ LOCK = ".lock"
 LOCKS: dict[Path, TextIO] = {}  # directories this process has taken, until it ends
 
 # settings that may change in the middle of a run without changing what it computes (beyond rounding, at dropout 0)
-FREE = ("train.microbatch_tokens", "train.recompute", "train.deterministic", "train.router_stats", "data.train", "data.eval")
+FREE = ("train.microbatch_tokens", "train.recompute", "train.keep_layers", "train.deterministic", "train.router_stats",
+        "train.memory_trace", "data.train", "data.eval")
 
 
 def prepare_directory(config: Config, say: Callable[[str], None]) -> None:

@@ -12,6 +12,8 @@ import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
+from loop.errors import is_out_of_memory
+
 INTERVAL_S = 0.5
 SHUTDOWN_S = 10  # of the timeout, at most half, is left to the launcher to end the other ranks
 
@@ -73,8 +75,8 @@ class Watch:
         """While this rank waits, an error of the network ends it; whatever it raises while it computes goes through."""
         try:
             yield
-        except RuntimeError:
-            if self.describe is None or not self.name:
+        except RuntimeError as error:
+            if self.describe is None or not self.name or is_out_of_memory(error):
                 raise
             self.end("the connection is gone")
 

@@ -74,7 +74,7 @@ def build(
 
 def build_empty(
     model_dir: Path, base: str, lora: LoraConfig, *, seed: int, device: torch.device, recompute: bool,
-    first: int = 0, stop: int | None = None,
+    keep_layers: int = 0, first: int = 0, stop: int | None = None,
 ) -> tuple[Stage, Weights]:
     """Builds the model, or one stage of it, on one device, and says which weights it is to be given.
 
@@ -82,6 +82,7 @@ def build_empty(
         model_dir: config.json and safetensors files.
         base: a key of `quant.LINEARS`.
         seed: decides the adapters' first values.
+        recompute, keep_layers: see stages.py.
         first, stop: the sublayers of the stage (see stages.py), all by default. Nothing else is built or read; where
             embedding and head are tied, and on different stages, each has its own.
 
@@ -104,7 +105,7 @@ def build_empty(
     if device.type == "cpu":
         use_reference_on_cpu(model)
     weights = Weights(wanted, all_names, model.config.tie_word_embeddings)
-    return Stage(model, first, stop, recompute).train(), weights
+    return Stage(model, first, stop, recompute, keep_layers).train(), weights
 
 
 def skeleton(model_dir: Path, base: str) -> Any:

@@ -1,5 +1,6 @@
 """The gated delta rule over a packed stream, each row by itself: a causal convolution, then a recurrent state.
-Costs what transformers' module costs; padded batches (without flash-linear-attention) a third more at most."""
+Costs what transformers' module costs where flash-linear-attention is; elsewhere it keeps the output of each linear and of
+the norm, those of the first ones convolved, and a third more at most in padded batches."""
 
 from __future__ import annotations
 
@@ -10,13 +11,17 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from model.devices import on_gpu
+from model.gated_delta import CHUNK, gated_delta_rule
 from model.mixers import GAP, Segments
 
-# T tokens of the stream, D hidden size, R segments, X positions of the stream with gaps, L positions of a padded row
+# T tokens of the stream, D hidden size, R segments, X positions of the stream with gaps; of a padded batch: B rows,
+# L positions, C channels of queries, keys and values side by side, H value heads, V their size, W width of the convolution
 
 PADDED_SHARE = 0.75  # no segment of a padded batch is shorter than this share of the longest
 
@@ -24,7 +29,8 @@ PADDED_SHARE = 0.75  # no segment of a padded batch is shorter than this share o
 def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
     """transformers' gated delta rule, each segment to itself: [1, T, D].
 
-    On CUDA with flash-linear-attention in one run over the stream, else in padded batches of segments.
+    On CUDA with flash-linear-attention in one run of transformers' module over the stream, else in padded batches of
+    segments, by this project's own kernels.
     """
     if on_gpu(x_1TD) and has_delta_kernels():
         return delta_rule_with_gaps(module, x_1TD, segments)
@@ -50,10 +56,42 @@ def delta_rule_in_batches(module: Any, x_1TD: Tensor, segments: Segments) -> Ten
     x_RD = x_1TD[0].split(segments.lengths)
     outputs: list[Tensor] = list(x_RD)
     for batch in similar(segments.lengths):
-        y_RLD = module(pad_sequence([x_RD[r] for r in batch], batch_first=True))
-        for r, y_LD in zip(batch, y_RLD):
+        y_BLD = padded_delta_rule(module, pad_sequence([x_RD[r] for r in batch], batch_first=True))
+        for r, y_LD in zip(batch, y_BLD):
             outputs[r] = y_LD[: segments.lengths[r]]
     return torch.cat(outputs)[None]
+
+
+def padded_delta_rule(module: Any, x_BLD: Tensor) -> Tensor:
+    """What transformers' module computes from its linears, its norm and its parameters, with lean backward passes."""
+    assert module.activation == "silu" and module.conv1d.bias is None
+    qkv_BLC = CausalConvolution.apply(module.in_proj_qkv(x_BLD), module.conv1d.weight)
+    z_BLHV = module.in_proj_z(x_BLD).unflatten(2, (module.num_v_heads, module.head_v_dim))
+    beta_BLH = module.in_proj_b(x_BLD).sigmoid()
+    g_BLH = -module.A_log.float().exp() * F.softplus(module.in_proj_a(x_BLD).float() + module.dt_bias)
+    o_BLHV = gated_delta_rule(qkv_BLC, g_BLH, beta_BLH, module.num_k_heads, module.head_k_dim)
+    return module.out_proj(module.norm(o_BLHV, z_BLHV).flatten(2))
+
+
+class CausalConvolution(torch.autograd.Function):
+    """Each channel by itself, with a frozen weight, looking back. Keeps nothing, where torch keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLC: Tensor, weight_C1W: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_C1W)
+        return convolve(x_BLC, weight_C1W)[:, : x_BLC.shape[1]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor, None]:
+        (weight_C1W,) = ctx.saved_tensors
+        return convolve(dy_BLC, weight_C1W.flip(2))[:, weight_C1W.shape[2] - 1 :], None
+
+
+def convolve(x_BLC: Tensor, weight_C1W: Tensor) -> Tensor:
+    """With as many positions more as the weight looks back: [B, L + W - 1, C]."""
+    num_channels, _, width = weight_C1W.shape
+    return F.conv1d(x_BLC.transpose(1, 2), weight_C1W, padding=width - 1, groups=num_channels).transpose(1, 2)
 
 
 def similar(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -64,6 +102,11 @@ def similar(lengths: tuple[int, ...]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(r)
     return batches
+
+
+def padded_positions(lengths: tuple[int, ...]) -> int:
+    """Positions of all these batches together, padded as the rule pads them: to whole chunks."""
+    return sum(len(batch) * -(-max(lengths[r] for r in batch) // CHUNK) * CHUNK for batch in similar(lengths))
 
 
 @cache
@@ -78,7 +121,7 @@ def has_delta_kernels() -> bool:
 def use_reference_on_cpu(model: Any) -> None:
     """Makes transformers compute with torch alone, also where flash-linear-attention is installed: that needs a GPU.
 
-    transformers chooses once, when it is imported, for all devices.
+    transformers chooses once, when it is imported, for all devices. Its own modules still run where text is generated.
     """
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 # X any leading dimensions, D features, I features inside the feed-forward
 
-NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm")  # weight * (x / rms(x)); Qwen3.5's differs
-FEED_FORWARDS = ("LlamaMLP", "Qwen3MLP")  # down(silu(gate(x)) * up(x))
+NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm")  # weight * (x / rms(x))
+CENTERED_NORMS = ("Qwen3_5MoeRMSNorm",)  # (1 + weight) * (x / rms(x))
+GATED_NORMS = ("Qwen3_5MoeRMSNormGated",)  # weight * (x / rms(x)) * silu(gate)
+FEED_FORWARDS = ("LlamaMLP", "Qwen3MLP", "Qwen3_5MoeMLP")  # down(silu(gate(x)) * up(x))
 
 
 class FusedNorm(nn.Module):
@@ -33,18 +35,87 @@ class RootMeanSquareNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x32_XD = x_XD.float()
-        norm_X1 = torch.linalg.vector_norm(x32_XD, dim=-1, keepdim=True)  # one pass; x * x would be written first
-        rstd_X1 = norm_X1.square_().div_(x_XD.shape[-1]).add_(eps).rsqrt_()
+        rstd_X1 = reciprocal_rms(x32_XD, eps)
         ctx.save_for_backward(x_XD, weight_D, rstd_X1)
         return (x32_XD * rstd_X1).to(x_XD.dtype).mul_(weight_D)
 
     @staticmethod
     def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, None, None]:
         x_XD, weight_D, rstd_X1 = ctx.saved_tensors
-        normed_XD = x_XD * rstd_X1  # float32
-        dnormed_XD = dy_XD * weight_D.float()
-        minus_mean_X1 = (normed_XD * dnormed_XD).sum(-1, keepdim=True).div_(-x_XD.shape[-1])
-        return dnormed_XD.addcmul_(normed_XD, minus_mean_X1).mul_(rstd_X1).to(x_XD.dtype), None, None
+        return norm_backward(x_XD, rstd_X1, dy_XD * weight_D.float()).to(x_XD.dtype), None, None
+
+
+def reciprocal_rms(x32_XD: Tensor, eps: float) -> Tensor:
+    norm_X1 = torch.linalg.vector_norm(x32_XD, dim=-1, keepdim=True)  # one pass; x * x would be written first
+    return norm_X1.square_().div_(x32_XD.shape[-1]).add_(eps).rsqrt_()
+
+
+def norm_backward(x_XD: Tensor, rstd_X1: Tensor, dnormed_XD: Tensor) -> Tensor:
+    """The gradient of x from that of x * rstd, in whose place it is put; float32."""
+    normed_XD = x_XD * rstd_X1
+    minus_mean_X1 = (normed_XD * dnormed_XD).sum(-1, keepdim=True).div_(-x_XD.shape[-1])
+    return dnormed_XD.addcmul_(normed_XD, minus_mean_X1).mul_(rstd_X1)
+
+
+class FusedCenteredNorm(nn.Module):
+    """transformers' RMSNorm of Qwen3.5, whose frozen weight is stored less 1. Its own keeps four float32 copies of x."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x_XD: Tensor) -> Tensor:
+        return CenteredNorm.apply(x_XD, self.weight, self.eps)
+
+
+class CenteredNorm(torch.autograd.Function):
+    """(1 + weight) * x / sqrt(mean(x^2) + eps) in float32, rounded at the end. Keeps what RootMeanSquareNorm keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x32_XD = x_XD.float()
+        rstd_X1 = reciprocal_rms(x32_XD, eps)
+        ctx.save_for_backward(x_XD, weight_D, rstd_X1)
+        return (x32_XD * rstd_X1).mul_(weight_D.float() + 1).to(x_XD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, None, None]:
+        x_XD, weight_D, rstd_X1 = ctx.saved_tensors
+        return norm_backward(x_XD, rstd_X1, dy_XD * (weight_D.float() + 1)).to(x_XD.dtype), None, None
+
+
+class FusedGatedNorm(nn.Module):
+    """transformers' RMSNorm with a frozen weight, times SiLU of a gate. Its own keeps six float32 copies of x."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x_XD: Tensor, gate_XD: Tensor) -> Tensor:
+        return GatedNorm.apply(x_XD, gate_XD, self.weight, self.eps)
+
+
+class GatedNorm(torch.autograd.Function):
+    """RootMeanSquareNorm(x) * silu(gate), the product in float32. Keeps x, the gate and one float32 number a position."""
+
+    @staticmethod
+    def forward(ctx: Any, x_XD: Tensor, gate_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x32_XD = x_XD.float()
+        rstd_X1 = reciprocal_rms(x32_XD, eps)
+        ctx.save_for_backward(x_XD, gate_XD, weight_D, rstd_X1)
+        weighted_XD = (x32_XD * rstd_X1).to(x_XD.dtype).mul_(weight_D)
+        del x32_XD  # before there is as much once more
+        return F.silu(gate_XD.float()).mul_(weighted_XD).to(x_XD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_XD, gate_XD, weight_D, rstd_X1 = ctx.saved_tensors
+        gate32_XD = gate_XD.float()
+        dgate_XD = (x_XD * rstd_X1).to(x_XD.dtype).mul_(weight_D) * dy_XD.float()
+        dgate_XD = torch.ops.aten.silu_backward(dgate_XD, gate32_XD).to(gate_XD.dtype)
+        dweighted_XD = F.silu(gate32_XD).mul_(dy_XD).to(x_XD.dtype)
+        del gate32_XD
+        return norm_backward(x_XD, rstd_X1, dweighted_XD * weight_D.float()).to(x_XD.dtype), dgate_XD, None, None
 
 
 class FusedFeedForward(nn.Module):
@@ -78,7 +149,8 @@ def fuse(model: nn.Module) -> None:
     """Puts these modules in the place of transformers', under the same names and with the same children."""
     for name, module in list(model.named_modules()):
         kind, (parent, _, last) = type(module).__name__, name.rpartition(".")
-        if kind in NORMS:
-            setattr(model.get_submodule(parent), last, FusedNorm(module))
-        elif kind in FEED_FORWARDS and module.config.hidden_act == "silu":
+        if kind in FEED_FORWARDS and module.config.hidden_act == "silu":
             setattr(model.get_submodule(parent), last, FusedFeedForward(module))
+        for kinds, fused in ((NORMS, FusedNorm), (CENTERED_NORMS, FusedCenteredNorm), (GATED_NORMS, FusedGatedNorm)):
+            if kind in kinds:
+                setattr(model.get_submodule(parent), last, fused(module))

@@ -28,12 +28,14 @@ class Stage(nn.Module):
         model: the text model, with the modules of this stage in place and the others' absent.
         first, stop: which sublayers.
         recompute: free each decoder layer's activations after the forward pass and compute them again in the backward.
+        keep_layers: but of the last so many decoder layers keep them: what is kept last is needed first.
     """
 
-    def __init__(self, model: Any, first: int, stop: int, recompute: bool) -> None:
+    def __init__(self, model: Any, first: int, stop: int, recompute: bool, keep_layers: int = 0) -> None:
         super().__init__()
         self.model = model
-        self.first, self.stop, self.recompute = first, stop, recompute
+        self.first, self.stop = first, stop
+        self.recomputed = range(first // 2, (stop + 1) // 2 - keep_layers if recompute else 0)  # decoder layers
         self.is_first = first == 0
         self.is_last = stop == 2 * model.config.num_hidden_layers
         self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
@@ -59,7 +61,7 @@ class Stage(nn.Module):
             decoder_layer, self.model.model.layers[number], rotary=rotary, segments=segments,
             mixer=2 * number >= self.first, feed_forward=2 * number + 1 < self.stop,
         )
-        if self.recompute and torch.is_grad_enabled():
+        if number in self.recomputed and torch.is_grad_enabled():
             return checkpoint(run, x_1TD, use_reentrant=False, preserve_rng_state=self.has_dropout)
         return run(x_1TD)
 

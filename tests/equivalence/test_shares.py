@@ -41,7 +41,7 @@ def stage_and_rows(request, tmp_path_factory, tiny_tokenizers):
 
 def step_gradients(stage, rows, num_replicas, microbatch_tokens, recompute=False):
     """Loss and gradients of the step that sees all rows, summed over replicas."""
-    stage.recompute = recompute
+    stage.recomputed = range(2 if recompute else 0)
     for parameter in stage.adapters().values():
         parameter.grad = None
     loss = 0.0

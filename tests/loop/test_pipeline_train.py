@@ -130,6 +130,14 @@ def test_the_35b_in_nf4_from_the_literal_command_killed_and_resumed_under_anothe
 
     last = [line for line in read_metrics(run_dir) if "stage_busy_s" in line][-1]
     assert len(last["stage_busy_s"]) == len(last["stage_idle_s"]) == 3 and min(last["stage_busy_s"]) > 0
+    memory = [json.loads(line) for line in (run_dir / "memory.jsonl").read_text().splitlines()]
+    resumed = [line["step"] for line in memory if "built" in line][-1]
+    expected = [(step, rank) for step in range(1, 7) for rank in range(2 if step < resumed else 3)]
+    assert [(line["step"], line["rank"]) for line in memory if "update" in line] == expected
+    assert all(line.keys() >= {"communicate", "forward", "backward"} for line in memory if "update" in line)
+    assert {line["rank"] for line in memory if "loss" in line and line["step"] >= resumed} == {2}, "of the last stage alone"
+    assert all(line.keys() == {"step", "rank", "eval"} for line in memory if "eval" in line and line["step"] > 0)
+    assert (run_dir / "memory.png").read_bytes().startswith(b"\x89PNG")
     from loop.timeline import draw
     draw(run_dir / "timeline.json", tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 5000

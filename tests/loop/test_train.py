@@ -163,6 +163,15 @@ def test_two_ranks_compute_what_one_computes(write_config, run_train, read_metri
         for key in ("loss", "grad_norm", "eval_loss"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} at step {a['step']}"
+    lines = [json.loads(line) for line in (tmp_path / "checkpoints/two/memory.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["rank"]) for line in lines if "update" in line] == [(n, r) for n in range(1, 6) for r in (0, 1)]
+    for line, other in zip(lines[::2], lines[1::2]):
+        assert line.keys() == other.keys() and line["rank"] == 0 and other["rank"] == 1
+        for phase in line.keys() - {"step", "rank"}:
+            assert line[phase] != other[phase], "each rank's own"
+            assert all(0.01 < size[phase]["gib"] <= size[phase]["peak_gib"] for size in (line, other))
+    assert lines[0].keys() == {"step", "rank", "built", "loaded", "eval"}
+    assert lines[2].keys() == {"step", "rank", "forward", "loss", "backward", "sync", "update"}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,0 +1,61 @@
+"""What the planner's shortcuts leave out changes nothing, and what it foresees is what a real step takes."""
+
+import gc
+
+import pytest
+import torch
+
+from data.batches import Microbatch, StepBatch
+from loop.config import load_config
+from loop.forecast import full_step, trimmed
+from loop.memory import Memory
+from loop.rehearsal import Share, rehearse
+from model.tiny import write_tiny
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "qwen3": write_tiny(root / "qwen3", kind="qwen3", scale=1 / 32, num_hidden_layers=LAYERS),
+        "moe": write_tiny(root / "moe", scale=1 / 32, num_hidden_layers=LAYERS, full_attention_interval=2),
+    }
+
+
+@pytest.fixture
+def config(write_config):
+    def make(*overrides):
+        return load_config(write_config(), ["model.base=nf4", "lora.target=q_proj,o_proj,down_proj", *overrides])
+    return make
+
+
+def step_of(lengths_by_microbatch):
+    """Microbatches of rows of these lengths, every third position supervised."""
+    def microbatch(lengths):
+        ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
+        predict_N = ids_T[::3]
+        return Microbatch(ids_T, ids_T, torch.zeros(len(lengths) + 1, dtype=torch.int32), lengths, predict_N, predict_N,
+                          predict_N, (), len(ids_T))
+
+    microbatches = [microbatch(lengths) for lengths in lengths_by_microbatch]
+    num, length = len(microbatches), sum(lengths_by_microbatch[0])
+    return StepBatch(1, 0, microbatches, length, range(num), [[]] * num, num, num * length, num * length // 3)
+
+
+STAGES = {"whole": (1, 0, None), "first stage": (2, 0, LAYERS), "last stage": (2, LAYERS, None),
+          "cut through a layer": (2, LAYERS - 1, None)}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "moe"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("settings", [
+    ["train.recompute=true"], ["train.recompute=false"], ["train.keep_layers=2", "pipeline.schedule=1f1b"]], ids=str)
+def test_one_layer_of_each_kind_shows_what_all_take(models, config, kind, stage, settings):
+    num_stages, first, stop = STAGES[stage]
+    share = Share("cuda", first and 1, num_stages=num_stages, first=first, stop=stop)
+    for num_microbatches in (1, 4):
+        step = step_of([(64, 64), (128,), (40, 40, 48), (128,)][:num_microbatches])
+        peaks = [rehearse(config(*settings), models[kind], share, step, all_layers=whole)[0] for whole in (True, False)]
+        assert peaks[1].num_bytes == pytest.approx(peaks[0].num_bytes, rel=0.005), num_microbatches
