@@ -100,7 +100,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def note(self, tensor: Tensor) -> None:
-        if (tensor.fake_device if is_fake(tensor) else tensor.device).type == "meta":
+        if device_of(tensor).type == "meta":
             return  # a shape, no memory
         storage = tensor.untyped_storage()
         address, num_bytes = storage._cdata, storage.nbytes()
@@ -250,6 +250,12 @@ def describe_frame(frame: Frame) -> str:
     path = code.co_filename
     short = path.rpartition("site-packages/")[2] if "site-packages/" in path else path.removeprefix(f"{ROOT}/")
     return f"{short}:{line} {code.co_name}"
+
+
+def device_of(tensor: Any) -> torch.device:
+    """Without asking torch, which would take an operation, where the tensor is fake."""
+    device: torch.device = tensor.fake_device if is_fake(tensor) else tensor.device
+    return device
 
 
 def is_fake(tensor: Any) -> bool:

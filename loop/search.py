@@ -31,7 +31,7 @@ class Choice:
         keep = "train.recompute=false" if self.keep_layers == num_layers else f"train.keep_layers={self.keep_layers}"
         words = [f"train.microbatch_tokens={self.microbatch_tokens}", keep]
         if self.split:
-            words += [f"pipeline.split={','.join(map(str, self.split))}", f"pipeline.schedule=1f1b"]
+            words += [f"pipeline.split={','.join(map(str, self.split))}", "pipeline.schedule=1f1b"]
         return " ".join(words)
 
 

@@ -1,6 +1,6 @@
 """The gated delta rule over a packed stream, each row by itself: a causal convolution, then a recurrent state.
-Costs what transformers' module costs where flash-linear-attention is; elsewhere it keeps the output of each linear and of
-the norm, those of the first ones convolved, and a third more at most in padded batches."""
+Costs what transformers' module costs where flash-linear-attention is; elsewhere keeps q, k and v after the convolution,
+the gate, and the outputs of rule and norm, of a third more positions at most, as batches are padded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norm and SwiGLU with a backward pass by hand: the same numbers as transformers' modules, in half the memory.
+"""Norms and SwiGLU with a backward pass by hand: the same numbers as transformers' modules, in half the memory or less.
 They keep their inputs in the compute dtype; what is cheap is computed again in the backward pass."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def norm_backward(x_XD: Tensor, rstd_X1: Tensor, dnormed_XD: Tensor) -> Tensor:
 
 
 class FusedCenteredNorm(nn.Module):
-    """transformers' RMSNorm of Qwen3.5, whose frozen weight is stored less 1. Its own keeps four float32 copies of x."""
+    """transformers' RMSNorm of Qwen3.5, whose frozen weight is stored less 1. Its own keeps a float32 copy of x."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class CenteredNorm(torch.autograd.Function):
 
 
 class FusedGatedNorm(nn.Module):
-    """transformers' RMSNorm with a frozen weight, times SiLU of a gate. Its own keeps six float32 copies of x."""
+    """transformers' RMSNorm with a frozen weight, times SiLU of a gate. Its own keeps both inputs in float32, and SiLU too."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()

@@ -40,6 +40,7 @@ def gated_delta_rule(qkv_BLX: Tensor, g_BLH: Tensor, beta_BLH: Tensor, key_heads
 
 
 class GatedDeltaRule(torch.autograd.Function):
+    """Goes through the blocks: forward in order, a state from each to the next; backward in reverse, its gradient."""
 
     @staticmethod
     def forward(ctx: Any, qkv_BLX: Tensor, g_BLH: Tensor, beta_BLH: Tensor, key_heads: int, key_size: int) -> Tensor:

@@ -40,9 +40,9 @@ def rows():
     return [(torch.randint(300, (length,)), torch.arange(length) > length // 3) for length in LENGTHS]
 
 
-def ours(model_dir, recompute=False, base="float32"):
+def ours(model_dir, recompute=False, base="float32", seed=2):
     stage = build(model_dir, base, LoraConfig(4, 8, TARGETS), seed=0, device=torch.device("cpu"), recompute=recompute)
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     for parameter in stage.adapters().values():
         torch.nn.init.normal_(parameter, std=0.05)
     return stage
@@ -105,19 +105,24 @@ def test_packed_equals_each_row_alone(model_dir):
 
 
 def test_bf16_is_as_close_to_float32_as_transformers(model_dir):
-    """Not closer than rounding allows, and not further away than transformers' own bf16 is."""
-    truth = packed_step(ours(model_dir), [rows()])
-    found = packed_step(ours(model_dir, base="bf16"), [rows()])
-    assert abs(found[0] / truth[0] - 1) < 5e-3
+    """Not closer than rounding allows, and not further away than transformers' own bf16 is: over several adapters, as
+    which of the two is luckier with a single one depends on the kernels of the CPU."""
+    squares = torch.zeros(2)
+    for seed in range(2, 10):
+        truth = packed_step(ours(model_dir, seed=seed), [rows()])
+        found = packed_step(ours(model_dir, base="bf16", seed=seed), [rows()])
+        assert abs(found[0] / truth[0] - 1) < 5e-3
+        for i, gradients in enumerate((found[1], bf16_reference(model_dir, ours(model_dir, seed=seed).adapters()))):
+            squares[i] += sum((gradients[name].float() - truth[1][name]).square().sum().item() for name in truth[1])
+    assert squares[0].sqrt() < 1.1 * squares[1].sqrt()
 
-    def error(gradients):
-        return sum(((gradients[name].float() - truth[1][name]).norm() ** 2).item() for name in truth[1]) ** 0.5
 
+def bf16_reference(model_dir, adapters):
+    """The gradients by transformers and peft, with weights and adapters in bf16."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     theirs = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
-    adapters = ours(model_dir).adapters()
     for name, parameter in adapters.items():
         theirs[to_peft_name(name)].data.copy_(parameter.data)
     num_supervised = sum(int(supervised.sum()) for _, supervised in rows())
@@ -125,4 +130,4 @@ def test_bf16_is_as_close_to_float32_as_transformers(model_dir):
         logits = model(input_ids=ids[None]).logits[0].float()
         loss = cross_entropy(logits[:-1][supervised[1:]], ids[1:][supervised[1:]], reduction="sum")
         (loss / num_supervised).backward()
-    assert error(found[1]) < 1.1 * error({name: theirs[to_peft_name(name)].grad for name in adapters})
+    return {name: theirs[to_peft_name(name)].grad for name in adapters}

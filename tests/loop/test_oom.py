@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loop import oom
+from loop import failure, oom
 from loop.config import load_config
 from loop.errors import is_out_of_memory
 from loop.memory import Memory
@@ -155,12 +155,12 @@ def test_while_it_loads_there_are_no_rows_and_other_errors_pass(write_config, tm
 
 
 def test_what_allocators_say_is_read():
-    assert oom.what_it_said(ON_CPU) == {"asked": 4_000_000}
-    assert oom.what_it_said(ON_CUDA) == {
+    assert failure.what_it_said(ON_CPU) == {"asked": 4_000_000}
+    assert failure.what_it_said(ON_CUDA) == {
         "asked": int(1.5 * 2**30), "card": int(31.36 * 2**30), "free": 2**29, "allocated": int(28.25 * 2**30),
         "reserved beyond that": 2**31}
-    assert oom.what_it_said("Unable to allocate 2.00 MiB for an array with shape (262144,)") == {"asked": 2**21}
-    assert oom.what_it_said("CUDA error: out of memory") == {}
+    assert failure.what_it_said("Unable to allocate 2.00 MiB for an array with shape (262144,)") == {"asked": 2**21}
+    assert failure.what_it_said("CUDA error: out of memory") == {}
     assert is_out_of_memory(RuntimeError(ON_CPU)) and is_out_of_memory(torch.OutOfMemoryError(ON_CUDA))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(OSError(12, "Cannot allocate memory"))
@@ -172,8 +172,8 @@ def test_only_what_bears_on_the_failure_is_tried_and_no_microbatch_is_shorter_th
     config = load_config(write_config(train__recompute=False))
 
     def tried(phase, longest=100, evaluating=False, num_stages=1):
-        failure = oom.Failure(0, phase, None, None, evaluating, "", "", {}, {})
-        return dict(oom.settings(config, Share("cpu", num_stages=num_stages), failure, longest))
+        failed = failure.Failure(0, phase, None, None, evaluating, "", "", {}, {})
+        return dict(oom.settings(config, Share("cpu", num_stages=num_stages), failed, longest))
 
     for longest, tokens in ((100, 256), (300, 384), (512, None)):
         assert tried("forward", longest).get("train.microbatch_tokens") == tokens
@@ -199,7 +199,7 @@ def test_what_the_step_held_is_let_go():
         error.__context__ = RuntimeError("of a schedule, in a circle with what it wraps")
         error.__context__.__cause__ = error
         memory = Memory(torch.device("cpu"))
-        oom.find(error, memory, rank=0)
+        failure.find(error, memory, rank=0)
         assert not released
-        oom.let_go(error, memory)
+        failure.let_go(error, memory)
         assert released

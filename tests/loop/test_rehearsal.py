@@ -7,8 +7,6 @@ import torch
 
 from data.batches import Microbatch, StepBatch
 from loop.config import load_config
-from loop.forecast import full_step, trimmed
-from loop.memory import Memory
 from loop.rehearsal import Share, rehearse
 from model.tiny import write_tiny
 
@@ -44,18 +42,30 @@ def step_of(lengths_by_microbatch):
     return StepBatch(1, 0, microbatches, length, range(num), [[]] * num, num, num * length, num * length // 3)
 
 
-STAGES = {"whole": (1, 0, None), "first stage": (2, 0, LAYERS), "last stage": (2, LAYERS, None),
-          "cut through a layer": (2, LAYERS - 1, None)}
+WHOLE, FIRST, CUT = (1, 0, None), (2, 0, LAYERS), (2, LAYERS - 1, None)  # stages, first sublayer, stop; CUT: through a layer
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "moe"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("settings", [
-    ["train.recompute=true"], ["train.recompute=false"], ["train.keep_layers=2", "pipeline.schedule=1f1b"]], ids=str)
-def test_one_layer_of_each_kind_shows_what_all_take(models, config, kind, stage, settings):
-    num_stages, first, stop = STAGES[stage]
+@pytest.mark.parametrize("kind, stage, num_microbatches, settings", [
+    ("qwen3", WHOLE, 1, []),
+    ("qwen3", FIRST, 4, []),
+    ("qwen3", CUT, 4, ["pipeline.schedule=1f1b", "train.keep_layers=1"]),
+    ("qwen3", WHOLE, 4, ["train.recompute=false"]),
+    ("qwen3", FIRST, 4, ["train.recompute=false"]),
+    ("moe", WHOLE, 4, []),
+    ("moe", CUT, 4, ["pipeline.schedule=1f1b"]),
+    ("moe", FIRST, 3, ["train.recompute=false"]),
+], ids=str)
+def test_one_layer_of_each_kind_shows_what_all_take(models, config, kind, stage, num_microbatches, settings):
+    num_stages, first, stop = stage
     share = Share("cuda", first and 1, num_stages=num_stages, first=first, stop=stop)
-    for num_microbatches in (1, 4):
-        step = step_of([(64, 64), (128,), (40, 40, 48), (128,)][:num_microbatches])
-        peaks = [rehearse(config(*settings), models[kind], share, step, all_layers=whole)[0] for whole in (True, False)]
-        assert peaks[1].num_bytes == pytest.approx(peaks[0].num_bytes, rel=0.005), num_microbatches
+    step = step_of([(64, 64), (128,), (40, 40, 48), (128,)][:num_microbatches])
+    plain, short = (rehearse(config(*settings), models[kind], share, step, all_layers=whole)[0] for whole in (True, False))
+    assert short.num_bytes == pytest.approx(plain.num_bytes, rel=0.005)
+
+
+@pytest.mark.parametrize("base, optimizer", [("nf4", "adamw8bit"), ("int8", "adamw"), ("float32", "adamw8bit")])
+def test_nothing_without_values_is_left_behind(models, config, base, optimizer):
+    rehearse(config(f"model.base={base}", f"train.optimizer={optimizer}"), models["moe"], Share("cpu"), step_of([(30,)]))
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "FakeTensor"]
+    assert torch.ones(1).item() == 1
