@@ -29,7 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
     args = parser.parse_args()
-    lines = ["| | at most, GiB | planned, by rank | if all tokens go to the same experts | fullest in | seconds |", "|---|---|---|---|---|---|"]
+    lines = ["| | at most, GiB | planned, by rank | if all tokens go to the same experts | fullest in | seconds |",
+             "|---|---|---|---|---|---|"]
     missed = False
     for what, limit, arguments in TARGETS:
         started = time.perf_counter()

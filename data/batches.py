@@ -100,16 +100,17 @@ class Batches:
             self.order, self.order_of = np.random.default_rng([seed, epoch]).permutation(self.num_rows), (seed, epoch)
         return self.order[position * self.rows_per_step : (position + 1) * self.rows_per_step]
 
-    def shapes(self, done: int, total: int, seed: int) -> Iterator[tuple[int, int, int, int]]:
-        """Of steps `done + 1` to `total`, without packing them: step, T, this replica's microbatches, and the most
-        supervised positions in one of those."""
+    def shapes(self, done: int, total: int, seed: int) -> Iterator[tuple[int, list[tuple[int, ...]], int]]:
+        """Of steps `done + 1` to `total`, without packing them: step, the lengths of the segments of each of this
+        replica's microbatches, and the most supervised positions in one of these."""
         supervised_N = np.concatenate([[0], self.rows.supervised_N.numpy().cumsum(dtype=np.int64)])
         supervised_E = np.diff(supervised_N[self.rows.starts_E1.numpy()])
         for step in range(done + 1, total + 1):
             examples, plan = self.plan(self.rows_of(step, seed))
             own = plan.microbatches[self.replica]
             most = max((sum(int(supervised_E[examples[i]]) for i in members) for members in own), default=0)
-            yield step, plan.length, len(own), most
+            lengths = [[self.lengths[examples[i]] for i in members] for members in own]
+            yield step, [filled_up(rows, plan.length) for rows in lengths], most
 
     def eval_steps(self, max_rows: int | None) -> Iterator[StepBatch]:
         """All rows once, or the first `max_rows`, in file order."""
@@ -156,18 +157,24 @@ class Batches:
             labels.append(ids[targets].long())
             sources.append(torch.full_like(targets, int(self.rows.sources_E[e])))
             start += len(ids)
-        segments = lengths + [length - num_tokens] * (length > num_tokens)
+        segments = filled_up(lengths, length)
         return Microbatch(
             ids_T=ids_T,
             positions_T=torch.cat([torch.arange(n) for n in segments]),
             cu_seqlens_R1=torch.tensor([0, *np.cumsum(segments)], dtype=torch.int32),
-            lengths=tuple(segments),
+            lengths=segments,
             predict_N=torch.cat(predict),
             labels_N=torch.cat(labels),
             sources_N=torch.cat(sources),
             lines=tuple(int(self.rows.lines_E[e]) for e in examples),
             num_tokens=num_tokens,
         )
+
+
+def filled_up(lengths: list[int], length: int) -> tuple[int, ...]:
+    """The segments of a stream of `length`: rows of these lengths, and the padding, if there is any."""
+    missing = length - sum(lengths)
+    return (*lengths, missing) if missing else tuple(lengths)
 
 
 def slots_of(plan: StepPlan, replica: int) -> range:

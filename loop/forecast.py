@@ -15,6 +15,7 @@ from loop.memory import GIB, sizes
 from loop.peak import Peak
 from loop.ranks import Ranks
 from loop.rehearsal import Share, rehearse
+from model.build import text_config
 from model.delta_rule import padded_positions
 
 MAX_STEPS_LOOKED_AT = 1000
@@ -32,7 +33,7 @@ def forecast(
     """
     peaks = [
         rehearse(config, model, share, trimmed(batch, share), worst_routing=worst_routing, first_step=first, group=group)
-        for batch, first in largest_steps(config, share, batches, done)
+        for batch, first in largest_steps(config, model, share, batches, done)
     ]
     return max((peak for peak, _ in peaks), key=by_size), max((worst for _, worst in peaks), key=by_size)
 
@@ -57,13 +58,15 @@ def by_size(peak: Peak) -> int:
     return peak.num_bytes
 
 
-def largest_steps(config: Config, share: Share, batches: Batches, done: int) -> list[tuple[StepBatch, bool]]:
+def largest_steps(config: Config, model: Path, share: Share, batches: Batches, done: int) -> list[tuple[StepBatch, bool]]:
     """The steps that may take the most, and whether no optimizer states are there yet."""
     seed, total = config.train.seed, config.train.total_steps(batches.steps_per_epoch)
     shapes = list(batches.shapes(done, min(total, done + MAX_STEPS_LOOKED_AT), seed))
     is_first = done == 0 and config.resume != "force"
     chosen: dict[int, bool] = {}
-    for kind in range(2 if share.num_stages > 1 else 1):  # on one device no microbatch waits for another
+    # on one device no microbatch waits for another, and attention does not pad
+    kinds = [0] + [1] * (share.num_stages > 1) + [2] * ("linear_attention" in getattr(text_config(model), "layer_types", []))
+    for kind in kinds:
         by_shape = sorted(shapes, key=lambda shape: sizes(*shape[1:])[kind], reverse=True)
         for step, *_ in by_shape[:2]:
             first = is_first and step == 1

@@ -18,6 +18,7 @@ from loop.ledger import Ledger
 from loop.peak import Peak
 from loop.ranks import Ranks
 from loop.trace import recorded
+from model.delta_rule import padded_positions
 
 GIB = 2**30
 CUDA_BLOCK = 512  # bytes that CUDA's allocator rounds up to
@@ -172,7 +173,7 @@ class Memory:
 
     def may_be_largest(self, batch: StepBatch) -> bool:
         most = max((len(m.predict_N) for m in batch.microbatches), default=0)
-        now = sizes(batch.length, len(batch.microbatches), most)
+        now = sizes([m.lengths for m in batch.microbatches], most)
         largest = self.num_steps <= 2 or any(size > before for size, before in zip(now, self.largest))
         self.largest = [max(pair) for pair in zip(now, self.largest or now)]
         return largest
@@ -198,9 +199,13 @@ def in_gib(bytes_P2: list[list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def sizes(length: int, num_microbatches: int, num_supervised: int) -> list[tuple[int, ...]]:
-    """What decides the memory of a step, what counts most first: one microbatch, or all that a pipeline keeps."""
-    return [(length, num_microbatches, num_supervised), (length * num_microbatches, length, num_supervised)]
+def sizes(lengths: list[tuple[int, ...]], num_supervised: int) -> list[tuple[int, ...]]:
+    """What decides the memory of a step of microbatches whose segments have these lengths, what counts most first: a
+    single microbatch, or all that a pipeline keeps, or how far the delta rule pads."""
+    length = sum(lengths[0]) if lengths else 0
+    padded = max((padded_positions(segments) for segments in lengths), default=0)
+    return [(length, len(lengths), num_supervised), (length * len(lengths), length, num_supervised),
+            (padded, length, num_supervised)]
 
 
 def weight_tensors(model: nn.Module) -> list[Tensor]:

@@ -114,6 +114,19 @@ def skeleton(model_dir: Path, base: str) -> Any:
     Raises:
         ValueError: config.json is missing or names an architecture that is not supported.
     """
+    config = text_config(model_dir)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16
+        )
+
+
+def text_config(model_dir: Path) -> Any:
+    """The text model's configuration, from a directory or from the file itself.
+
+    Raises:
+        ValueError: as `skeleton`.
+    """
     file = model_dir / "config.json" if model_dir.suffix != ".json" else model_dir
     if not file.is_file():
         raise ValueError(f"{model_dir}/config.json: not found. Expected a directory with config.json and *.safetensors files")
@@ -122,10 +135,7 @@ def skeleton(model_dir: Path, base: str) -> Any:
         raise ValueError(
             f"{model_dir}/config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
         )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16
-        )
+    return config
 
 
 def linear_names(model: Any) -> list[str]:
