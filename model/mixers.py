@@ -3,6 +3,7 @@ Attention keeps q, k, v and its output for the backward pass; scores never exist
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -64,14 +65,19 @@ def plain_attention(
 
 
 def varlen_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, segments: Segments) -> Tensor:
-    """The same in one kernel (torch 2.11 or newer, CUDA)."""
+    """The same in one kernel (torch 2.11 or newer, CUDA). Where it takes as few key/value heads as there are, they stay
+    so few: repeated, they would be kept for the backward pass."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (q_1HTE, k_1GTE, v_1GTE))
     num_groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(num_groups, dim=1) if num_groups > 1 else x for x in (k, v))
+    groups: dict[str, Any] = {}
+    if num_groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        groups["enable_gqa"] = True
+    elif num_groups > 1:
+        k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
     longest, cu = max(segments.lengths), segments.cu_seqlens_R1
-    output_THE: Any = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))
+    output_THE: Any = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **groups)
     return output_THE[None]
 
 
