@@ -5,9 +5,11 @@ import random
 import sys
 
 import pytest
+import torch
 import yaml
 
 import train
+from data.batches import Microbatch, StepBatch
 from model.tiny import write_tiny
 
 
@@ -85,3 +87,22 @@ def metrics(run_dir):
 @pytest.fixture
 def read_metrics():
     return metrics
+
+
+@pytest.fixture
+def make_step():
+    """A step of microbatches of rows of these lengths, every third position supervised."""
+    return step_of
+
+
+def step_of(lengths_by_microbatch):
+    def microbatch(lengths):
+        ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
+        predict_N = ids_T[::3]
+        bounds_R1 = torch.tensor([0, *lengths]).cumsum(0).int()
+        return Microbatch(ids_T, ids_T, bounds_R1, lengths, predict_N, predict_N,
+                          predict_N, (), len(ids_T))
+
+    microbatches = [microbatch(lengths) for lengths in lengths_by_microbatch]
+    num, length = len(microbatches), sum(lengths_by_microbatch[0])
+    return StepBatch(1, 0, microbatches, length, range(num), [[]] * num, num, num * length, num * length // 3)

@@ -5,7 +5,6 @@ import gc
 import pytest
 import torch
 
-from data.batches import Microbatch, StepBatch
 from loop.config import load_config
 from loop.rehearsal import Share, rehearse
 from model.tiny import write_tiny
@@ -29,19 +28,6 @@ def config(write_config):
     return make
 
 
-def step_of(lengths_by_microbatch):
-    """Microbatches of rows of these lengths, every third position supervised."""
-    def microbatch(lengths):
-        ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
-        predict_N = ids_T[::3]
-        return Microbatch(ids_T, ids_T, torch.zeros(len(lengths) + 1, dtype=torch.int32), lengths, predict_N, predict_N,
-                          predict_N, (), len(ids_T))
-
-    microbatches = [microbatch(lengths) for lengths in lengths_by_microbatch]
-    num, length = len(microbatches), sum(lengths_by_microbatch[0])
-    return StepBatch(1, 0, microbatches, length, range(num), [[]] * num, num, num * length, num * length // 3)
-
-
 WHOLE, FIRST, CUT = (1, 0, None), (2, 0, LAYERS), (2, LAYERS - 1, None)  # stages, first sublayer, stop; CUT: through a layer
 
 
@@ -55,17 +41,17 @@ WHOLE, FIRST, CUT = (1, 0, None), (2, 0, LAYERS), (2, LAYERS - 1, None)  # stage
     ("moe", CUT, 4, ["pipeline.schedule=1f1b"]),
     ("moe", FIRST, 3, ["train.recompute=false"]),
 ], ids=str)
-def test_one_layer_of_each_kind_shows_what_all_take(models, config, kind, stage, num_microbatches, settings):
+def test_one_layer_of_each_kind_shows_what_all_take(make_step, models, config, kind, stage, num_microbatches, settings):
     num_stages, first, stop = stage
     share = Share("cuda", first and 1, num_stages=num_stages, first=first, stop=stop)
-    step = step_of([(64, 64), (128,), (40, 40, 48), (128,)][:num_microbatches])
+    step = make_step([(64, 64), (128,), (40, 40, 48), (128,)][:num_microbatches])
     plain, short = (rehearse(config(*settings), models[kind], share, step, all_layers=whole)[0] for whole in (True, False))
     assert short.num_bytes == pytest.approx(plain.num_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize("base, optimizer", [("nf4", "adamw8bit"), ("int8", "adamw"), ("float32", "adamw8bit")])
-def test_nothing_without_values_is_left_behind(models, config, base, optimizer):
-    rehearse(config(f"model.base={base}", f"train.optimizer={optimizer}"), models["moe"], Share("cpu"), step_of([(30,)]))
+def test_nothing_without_values_is_left_behind(make_step, models, config, base, optimizer):
+    rehearse(config(f"model.base={base}", f"train.optimizer={optimizer}"), models["moe"], Share("cpu"), make_step([(30,)]))
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "FakeTensor"]
     assert torch.ones(1).item() == 1
