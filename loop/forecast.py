@@ -31,11 +31,10 @@ def forecast(
         model: as for `rehearse`, as is `group`.
         batches: this rank's rows.
     """
-    peaks = [
-        rehearse(config, model, share, trimmed(batch, share), worst_routing=worst_routing, first_step=first, group=group)
-        for batch, first in largest_steps(config, model, share, batches, done)
-    ]
-    return max((peak for peak, _ in peaks), key=by_size), max((worst for _, worst in peaks), key=by_size)
+    steps = largest_steps(config, model, share, batches, done)
+    largest = [batch for step in steps for batch in batches.train_steps(step - 1, step, config.train.seed)]
+    return rehearse(config, model, share, [trimmed(batch, share) for batch in largest], worst_routing=worst_routing,
+                    first_step=steps[0] == 1, group=group)
 
 
 def foresee(
@@ -54,26 +53,20 @@ def gathered(num_bytes: int, ranks: Ranks) -> list[float]:
     return (ranks.all_reduce(bytes_R) / GIB).tolist()
 
 
-def by_size(peak: Peak) -> int:
-    return peak.num_bytes
-
-
-def largest_steps(config: Config, model: Path, share: Share, batches: Batches, done: int) -> list[tuple[StepBatch, bool]]:
-    """The steps that may take the most, and whether no optimizer states are there yet."""
-    seed, total = config.train.seed, config.train.total_steps(batches.steps_per_epoch)
-    shapes = list(batches.shapes(done, min(total, done + MAX_STEPS_LOOKED_AT), seed))
-    is_first = done == 0 and config.resume != "force"
-    chosen: dict[int, bool] = {}
+def largest_steps(config: Config, model: Path, share: Share, batches: Batches, done: int) -> list[int]:
+    """The numbers of the steps that may take the most; step 1, which meets no optimizer states, never alone, unless it
+    is the only one."""
+    total = min(config.train.total_steps(batches.steps_per_epoch), done + MAX_STEPS_LOOKED_AT)
+    shapes = list(batches.shapes(done, total, config.train.seed))
     # on one device no microbatch waits for another, and attention does not pad
     kinds = [0] + [1] * (share.num_stages > 1) + [2] * ("linear_attention" in getattr(text_config(model), "layer_types", []))
+    chosen = set()
     for kind in kinds:
-        by_shape = sorted(shapes, key=lambda shape: sizes(*shape[1:])[kind], reverse=True)
-        for step, *_ in by_shape[:2]:
-            first = is_first and step == 1
-            chosen[step] = first
-            if not first:
-                break
-    return [(batch, first) for step, first in chosen.items() for batch in batches.train_steps(step - 1, step, seed)]
+        by_size = sorted(shapes, key=lambda shape: sizes(*shape[1:])[kind], reverse=True)
+        chosen.add(by_size[0][0])
+        if by_size[0][0] == 1:
+            chosen.update(step for step, *_ in by_size[1:2])
+    return sorted(chosen)
 
 
 def trimmed(batch: StepBatch, share: Share) -> StepBatch:

@@ -86,7 +86,7 @@ class Workload:
         share, train = self.share(rank), self.config.train
         if self.rows is None:
             step = full_step(self.config, self.num_replicas, self.row_tokens, self.supervised)
-            peaks = rehearse(self.config, self.model, share, step, worst_routing)
+            peaks = rehearse(self.config, self.model, share, [step], worst_routing)
         else:
             replica = rank // self.num_stages
             batches = Batches(self.rows, train.rows_per_step, train.microbatch_tokens, replica, self.num_replicas)

@@ -52,66 +52,76 @@ class Share:
 
 
 def rehearse(
-    config: Config, model: Path, share: Share, batch: StepBatch, worst_routing: bool = False, all_layers: bool = False,
-    first_step: bool = False, group: dist.ProcessGroup | None = None,
+    config: Config, model: Path, share: Share, batches: list[StepBatch], worst_routing: bool = False,
+    all_layers: bool = False, first_step: bool = False, group: dist.ProcessGroup | None = None,
 ) -> tuple[Peak, Peak]:
-    """The peak of a step like `batch`.
+    """The highest peak of some steps, and the same if all tokens go to the same experts.
 
     Args:
         model: a directory with config.json, or a file like it.
-        worst_routing: also for the case that all tokens go to the same experts; else the second peak is the first.
+        worst_routing: whether to rehearse that, too; else the second peak is the first.
         all_layers: compute every layer of every microbatch, for tests; else of layers that are alike only one.
-        first_step: before any optimizer states are there.
+        first_step: the first of the steps is the run's first, when no optimizer states are there.
         group: the stages of this replica, where there is such a group; else one is pretended.
     """
     ledger = Ledger(round_to=CUDA_BLOCK if share.device == "cuda" else 1)
     memory = Memory(torch.device("cpu"), ledger)
     ranks = RehearsedRanks(
         share.rank, share.num_replicas * share.num_stages, 0, torch.device("cpu"), share.num_stages, group)
+    peaks: list[list[tuple[int, int]]] = [[], []]  # first and last event of each step, by routing
     with ExitStack() as stack:
         for context in (pretended_group(ranks), nothing_sent(), nothing_left_behind(), planning_for(share.device),
                         FakeTensorMode(allow_non_fake_inputs=True), ledger):
             stack.enter_context(context)
-        with memory.during("build"):
-            stage, weights = build_empty(
-                model, config.model.base, config.lora, seed=0, device=ranks.device, recompute=config.train.recompute,
-                keep_layers=config.train.keep_layers,
-                first=share.first, stop=share.stop,
-            )
-        with memory.during("load"):
-            put_nothing(weights)
+        stage = build_fake(config, model, share, memory, ledger)
         adapters = stage.adapters()
-        ledger.watch(stage.model)
-        for name, module in stage.model.named_modules():
-            for tensor in own_tensors(module):
-                ledger.allocation_of(tensor).module = name
-        ledger.tag("adapters", adapters.values())
-        if not all_layers:
-            setattr(stage, "run_layer", Representatives(stage, memory, ledger, batch, share.num_stages))
         optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
         memory.attach(stage.model, adapters.values(), optimizer)
-        starts: list[int] = []
+        representatives = Representatives(stage, memory, ledger, share.num_stages)
+        if not all_layers:
+            setattr(stage, "run_layer", representatives)
 
         def steps() -> Iterator[StepBatch]:
             if not first_step:
-                yield replace(batch, microbatches=[], slots=range(0))  # leaves optimizer states behind
-            for bounds in (experts.uniform_bounds, experts.worst_bounds)[: 1 + worst_routing]:
-                starts.append(ledger.clock)
-                with assumed(bounds):
-                    yield fake(batch)
+                yield replace(batches[0], microbatches=[], slots=range(0))  # leaves optimizer states behind
+            for batch in batches:
+                representatives.begin(batch)
+                for kind, bounds in enumerate((experts.uniform_bounds, experts.worst_bounds)[: 1 + worst_routing]):
+                    start = ledger.clock
+                    with assumed(bounds):
+                        yield fake(batch)
+                    peaks[kind].append((start, ledger.clock))
 
         if share.num_stages > 1:
             forward_backward: Any = Pipeline([stage], ranks, config.pipeline.schedule, memory).forward_backward
         else:
             forward_backward = partial(accumulate.forward_backward, stage, memory)
         fit(
-            replace(config.train, max_steps=3, router_stats=False), 0, Steps(steps), adapters, optimizer,
+            replace(config.train, max_steps=1 + 2 * len(batches), router_stats=False), 0, Steps(steps), adapters, optimizer,
             forward_backward, evaluate=lambda: (0.0, {}), save=lambda step, eval_loss: None,
             eval_every=1000, save_every=1000, ranks=ranks, log=RunLog(Path(), "", enabled=False), memory=memory,
         )
-        ends = [*starts[1:], ledger.clock]
-    peaks = [Peak.of(ledger, start, end) for start, end in zip(starts, ends)]
-    return peaks[0], peaks[-1]
+    uniform, worst = (
+        max((Peak.of(ledger, *span) for span in spans), key=lambda peak: peak.num_bytes, default=None) for spans in peaks)
+    assert uniform is not None
+    return uniform, worst or uniform
+
+
+def build_fake(config: Config, model: Path, share: Share, memory: Memory, ledger: Ledger) -> Stage:
+    """The stage as a run builds it, with storage for every weight; the ledger knows each by its module."""
+    with memory.during("build"):
+        stage, weights = build_empty(
+            model, config.model.base, config.lora, seed=0, device=torch.device("cpu"), recompute=config.train.recompute,
+            keep_layers=config.train.keep_layers, first=share.first, stop=share.stop,
+        )
+    with memory.during("load"):
+        put_nothing(weights)
+    ledger.watch(stage.model)
+    for name, module in stage.model.named_modules():
+        for tensor in own_tensors(module):
+            ledger.allocation_of(tensor).module = name
+    ledger.tag("adapters", stage.adapters().values())
+    return stage
 
 
 class Steps(Batches):
@@ -233,20 +243,23 @@ class Representatives:
     gradients, the last two of these are enough. `rehearse(all_layers=True)` is the plain reference.
     """
 
-    def __init__(self, stage: Stage, memory: Memory, ledger: Ledger, batch: StepBatch, num_stages: int) -> None:
+    def __init__(self, stage: Stage, memory: Memory, ledger: Ledger, num_stages: int) -> None:
         self.stage, self.memory, self.ledger = stage, memory, ledger
         self.plain = stage.run_layer
-        microbatches = batch.microbatches
-        padded = max(range(len(microbatches)), key=lambda m: padded_positions(microbatches[m].lengths), default=0)
-        self.run_microbatches = {0, 1, padded, len(microbatches) - 1}
+        self.run_microbatches: set[int] = set()
         numbers = range(stage.first // 2, (stage.stop + 1) // 2)
-        if num_stages == 1 and len(numbers) == len(stage.recomputed):
-            self.run_microbatches = {padded, len(microbatches) - 1}
+        self.only_last = num_stages == 1 and len(numbers) == len(stage.recomputed)
         self.kind = {number: kind_of(stage, number) for number in numbers}
         self.first = {kind: number for number, kind in reversed(self.kind.items())}
         self.last = {kind: number for number, kind in self.kind.items()}
         # bytes that a layer of a kind keeps, beside its input and output, of rows of these lengths
         self.kept: dict[tuple[Any, tuple[int, ...]], int] = {}
+
+    def begin(self, batch: StepBatch) -> None:
+        """The next step."""
+        num = len(batch.microbatches)
+        padded = max(range(num), key=lambda m: padded_positions(batch.microbatches[m].lengths), default=0)
+        self.run_microbatches = {padded, num - 1} if self.only_last else {0, 1, padded, num - 1}
 
     def __call__(self, number: int, x_1TD: Tensor, rotary: Any, segments: Any) -> Tensor:
         kind, keeps = self.kind[number], number not in self.stage.recomputed

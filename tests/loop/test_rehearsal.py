@@ -45,13 +45,13 @@ def test_one_layer_of_each_kind_shows_what_all_take(make_step, models, config, k
     num_stages, first, stop = stage
     share = Share("cuda", first and 1, num_stages=num_stages, first=first, stop=stop)
     step = make_step([(64, 64), (128,), (40, 40, 48), (128,)][:num_microbatches])
-    plain, short = (rehearse(config(*settings), models[kind], share, step, all_layers=whole)[0] for whole in (True, False))
+    plain, short = (rehearse(config(*settings), models[kind], share, [step], all_layers=whole)[0] for whole in (True, False))
     assert short.num_bytes == pytest.approx(plain.num_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize("base, optimizer", [("nf4", "adamw8bit"), ("int8", "adamw"), ("float32", "adamw8bit")])
 def test_nothing_without_values_is_left_behind(make_step, models, config, base, optimizer):
-    rehearse(config(f"model.base={base}", f"train.optimizer={optimizer}"), models["moe"], Share("cpu"), make_step([(30,)]))
+    rehearse(config(f"model.base={base}", f"train.optimizer={optimizer}"), models["moe"], Share("cpu"), [make_step([(30,)])])
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "FakeTensor"]
     assert torch.ones(1).item() == 1
