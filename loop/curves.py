@@ -73,6 +73,7 @@ def draw_memory(records: list[dict[str, Any]], path: Path, title: str, kind: str
             axis.set_ylabel("GiB")
         if rank + num_columns >= num_shown:
             axis.set_xlabel("optimizer step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.tick_params(labelbottom=True)
     panels[0, 0].set_ylim(bottom=0)  # of all: not before the highest is drawn
     # the last stage of a pipeline has all phases

@@ -44,6 +44,8 @@ class TrainConfig:
         for name, least in (("epochs", 1), ("rows_per_step", 1), ("microbatch_tokens", 128), ("seed", 0), ("keep_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, expected at least {least}")
+        if self.keep_layers and not self.recompute:
+            raise ValueError("train.keep_layers keeps layers from being recomputed, but train.recompute is false: all are kept")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"train.max_steps is {self.max_steps}, expected at least 1, or null")
         if self.memory_trace is not None and self.memory_trace < 1:

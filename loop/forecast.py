@@ -3,6 +3,9 @@ Takes seconds a rank, and what a rehearsal takes."""
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch.distributed as dist
 from data.batches import Batches, Microbatch, StepBatch
 from loop.config import Config
 from loop.memory import GIB, sizes
-from loop.peak import Peak
+from loop.peak import NOTHING, Peak
 from loop.ranks import Ranks
 from loop.rehearsal import Share, rehearse
 from model.build import text_config
@@ -40,9 +43,20 @@ def forecast(
 def foresee(
     config: Config, model_dir: Path, ranks: Ranks, batches: Batches, first: int = 0, stop: int | None = None
 ) -> tuple[Peak, list[float]]:
-    """The forecast of a run that begins: this rank's, and the GiB of all ranks in order."""
+    """The forecast of a run that begins: this rank's, and the GiB of all ranks in order.
+
+    A forecast that fails does not stop the run: it leaves 0 GiB, and says why. Wrong settings do.
+    """
     share = Share(ranks.device.type, ranks.rank, ranks.num_replicas, ranks.num_stages, first, stop)
-    peak, _ = forecast(config, model_dir, share, batches, group=ranks.replica_group)
+    try:
+        peak, _ = forecast(config, model_dir, share, batches, group=ranks.replica_group)
+    except (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError, LookupError) as error:
+        peak = NOTHING
+        if os.environ.get("TRACEBACK"):
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        print(f"{ranks.name}: memory could not be planned ({reason}). Training goes on without a plan; "
+              "TRACEBACK=1 shows where it failed", file=sys.stderr, flush=True)
     return peak, gathered(peak.num_bytes, ranks)
 
 
@@ -79,14 +93,22 @@ def trimmed(batch: StepBatch, share: Share) -> StepBatch:
 
 
 def full_step(config: Config, num_replicas: int, row_tokens: int, supervised: float) -> StepBatch:
-    """A step whose microbatches are all full, where there are no rows to look at.
+    """A step whose microbatches are as full as rows of one length can make them, where there are no rows to look at.
 
     Args:
-        row_tokens: length of a row.
+        row_tokens: length of a row, if data.max_tokens allows it.
         supervised: share of its tokens.
+
+    Raises:
+        ValueError: a row does not fit into a microbatch.
     """
-    length = -(-config.train.microbatch_tokens // 128) * 128
-    num = max(-(-config.train.rows_per_step * row_tokens // (num_replicas * length)), 1)
+    limit, row_tokens = config.train.microbatch_tokens, min(row_tokens, config.data.max_tokens)
+    if row_tokens > limit:
+        raise ValueError(
+            f"train.microbatch_tokens is {limit:,}, expected at least the {row_tokens:,} tokens of a row (--row-tokens)")
+    num_rows = -(-config.train.rows_per_step // num_replicas)
+    length = -(-min(limit, num_rows * row_tokens) // 128) * 128
+    num = max(-(-num_rows * row_tokens // length), 1)
     lengths = [row_tokens] * (length // row_tokens) + [length % row_tokens] * (length % row_tokens > 0)
     ids_T, predict_N = torch.zeros(length, dtype=torch.int64), torch.zeros(int(length * supervised), dtype=torch.int64)
     microbatch = Microbatch(
@@ -99,12 +121,16 @@ def full_step(config: Config, num_replicas: int, row_tokens: int, supervised: fl
 
 def sentence(peak: Peak, all_gib: list[float]) -> str:
     """What a run says of its plan before it loads anything."""
+    if not all(all_gib):
+        return "no plan of memory"
     held = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in peak.held.items() if num_bytes >= GIB / 200)
     return f"planned peak of tensors: {per_rank(all_gib)} GiB; on rank 0 in the {peak.moment}: {held}"
 
 
 def comparison(planned_gib: list[float], measured_gib: list[float]) -> str:
     """The same when it has ended, against what it took."""
+    if not all(planned_gib):
+        return f"peak of tensors: not planned, measured {per_rank(measured_gib)} GiB"
     if not all(measured_gib):
         return f"planned peak of tensors: {per_rank(planned_gib)} GiB; no step was measured"
     off = [100 * (measured / planned - 1) for planned, measured in zip(planned_gib, measured_gib)]

@@ -50,6 +50,9 @@ class Peak:
         return cls(num_bytes, held, most, phase.name, phase.microbatch, last.module, last.line, lines(alive))
 
 
+NOTHING = Peak(0, dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0), "", None, "", "", [])  # where none is known
+
+
 def classify(ledger: Ledger) -> None:
     """Gives every allocation without a category the one that follows from its phase and its life:
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from data.batches import Batches
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config, add_config_arguments, load_config
 from loop.errors import ROOT, run_command
-from loop.forecast import forecast, full_step
+from loop.forecast import forecast, full_step, trimmed
 from loop.ledger import CATEGORIES
 from loop.memory import GIB
 from loop.peak import Peak
@@ -86,7 +87,7 @@ class Workload:
         share, train = self.share(rank), self.config.train
         if self.rows is None:
             step = full_step(self.config, self.num_replicas, self.row_tokens, self.supervised)
-            peaks = rehearse(self.config, self.model, share, [step], worst_routing)
+            peaks = rehearse(self.config, self.model, share, [trimmed(step, share)], worst_routing)
         else:
             replica = rank // self.num_stages
             batches = Batches(self.rows, train.rows_per_step, train.microbatch_tokens, replica, self.num_replicas)
@@ -114,7 +115,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loop.plan", description="How much memory a run will take on each rank, and for what.")
     parser.add_argument("--split", metavar="CUTS", help="as for pipeline_train.py: 40 | 30,60 | auto; none: not split")
-    parser.add_argument("--ranks", type=int, help="processes; by default one a stage, else one a visible GPU")
+    parser.add_argument("--ranks", type=int, help="processes; by default one a stage, else one a visible GPU, or 2 without any")
     parser.add_argument("--card", type=float, metavar="GIB", default=None, help=f"memory of a GPU, by default {CARD_GIB:g}")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda, but cpu where the weights are and no GPU is")
     parser.add_argument("--row-tokens", type=int, default=1730, help="length of a row where the data are not at hand")
@@ -123,8 +124,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     add_config_arguments(parser)
     args = parser.parse_intermixed_args()
-    if args.row_tokens < 1 or not 0 < args.supervised <= 1 or (args.ranks or 1) < 1 or (args.card or 1) <= 0:
-        parser.error("--row-tokens, --ranks and --card must be above 0, --supervised above 0 and at most 1")
+    for name in ("row_tokens", "ranks", "card", "supervised"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+    if args.supervised > 1:
+        parser.error(f"--supervised {args.supervised}: expected a share, at most 1")
     return args
 
 
@@ -132,8 +137,12 @@ def read_workload(args: argparse.Namespace) -> Workload:
     """Raises:
         ValueError: a configuration, model, split or number of ranks that does not fit.
     """
-    overrides = [*args.overrides, *([] if args.split in (None, "none") else [f"pipeline.split={args.split}"])]
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, args.overrides)
+    if args.split not in (None, "none"):
+        try:
+            config = replace(config, pipeline=replace(config.pipeline, split=args.split))
+        except ValueError:
+            raise ValueError(f"--split {args.split}: expected sublayer numbers such as 40 or 30,60, or auto, or none") from None
     model, is_here = find_model(config.model.path)
     device = args.device or ("cuda" if args.card or torch.cuda.is_available() or not is_here else "cpu")
     args.card = args.card or CARD_GIB
@@ -141,8 +150,10 @@ def read_workload(args: argparse.Namespace) -> Workload:
     is_split = args.split != "none" and (args.split is not None or "pipeline" in OmegaConf.load(args.config))
     workload = Workload(config, model, device, args.ranks or 1, (), rows, args.row_tokens, args.supervised)
     if not is_split:
-        visible = 1 if args.split == "none" else max(torch.cuda.device_count(), 2)
-        return replace(workload, num_ranks=args.ranks or visible)
+        visible = 1 if args.split == "none" else torch.cuda.device_count() or 2
+        workload = replace(workload, num_ranks=args.ranks or visible)
+        check(workload)
+        return workload
     return split_up(workload, args.ranks)
 
 
@@ -160,7 +171,19 @@ def split_up(workload: Workload, num_ranks: int | None) -> Workload:
     num_ranks = num_ranks or num_stages
     if num_ranks % num_stages:
         raise ValueError(f"--ranks {num_ranks}: expected a multiple of {num_stages}, the number of stages")
-    return replace(workload, num_ranks=num_ranks, split=tuple(split))
+    workload = replace(workload, num_ranks=num_ranks, split=tuple(split))
+    check(workload)
+    return workload
+
+
+def check(workload: Workload) -> None:
+    """Raises:
+        ValueError: ranks without rows.
+    """
+    rows = workload.config.train.rows_per_step
+    if rows < workload.num_replicas:
+        raise ValueError(f"--ranks {workload.num_ranks}: train.rows_per_step={rows} leaves some of the "
+                         f"{workload.num_replicas} replicas without a row")
 
 
 def load_of(workload: Workload, num_stages: int) -> Load:
@@ -188,7 +211,7 @@ def find_model(path: str) -> tuple[Path, bool]:
             if cached is not None and (cached / "config.json").is_file():
                 return cached, weights
     built_in = SHAPES / f"{directory.name}.json"
-    if built_in.is_file():
+    if built_in.is_file() and path.count("/") <= 1 and not path.startswith(("/", ".", "~")):
         return built_in, False
     known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
     raise ValueError(f"model.path: {path}: no such directory, and not in the cache. Give the directory of a config.json, or "
@@ -233,7 +256,7 @@ def report(workload: Workload, plans: list[Planned], card_gib: float) -> str:
     if any(plan.worst.num_bytes != plan.peak.num_bytes for plan in plans):
         rows.append(("worst routing", [f"{plan.worst.num_bytes / GIB:.2f}       " for plan in plans]))
     width = max(len(cell) for _, cells in rows for cell in cells) + 2
-    lines = [describe(workload), ""]
+    lines = [describe(workload), "", "held at the peak (in brackets: the most of that kind at any moment of the step)"]
     lines += [f"{name:<14}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows]
     for plan in plans:
         lines += ["", *details(plan, workload, card_gib)]
@@ -255,8 +278,13 @@ def describe(workload: Workload) -> str:
     rows = f"the largest step of the rows in {config.data.train}" if workload.rows else (
         f"no rows at hand: full microbatches of rows of {workload.row_tokens:,} tokens, "
         f"{100 * workload.supervised:.0f} % supervised")
-    return (f"{Path(config.model.path).name}, {config.model.base}, LoRA {config.lora.rank}, "
-            f"{'recomputing' if train.recompute else 'without recomputation'}, {train.optimizer}, {how} on {workload.device}\n"
+    path = Path(config.model.path)
+    name = path.parent.name if path.suffix == ".json" else path.name
+    recompute = "recomputing" if train.recompute else "without recomputation"
+    if train.recompute and train.keep_layers:
+        recompute += f" but for the last {train.keep_layers} layers of a stage"
+    return (f"{name}, {config.model.base}, LoRA {config.lora.rank}, {recompute}, {train.optimizer}, {how} "
+            f"on {workload.device}\n"
             f"{train.rows_per_step} rows a step, microbatches of at most {train.microbatch_tokens:,} tokens; {rows}")
 
 
@@ -266,10 +294,13 @@ def details(plan: Planned, workload: Workload, card_gib: float) -> list[str]:
     lines = [f"{title(plan, workload)}: most in the {peak.moment}, {peak.module or 'no module'}, {peak.line}"]
     if workload.device == "cuda":
         spare = spare_gib(peak, card_gib)
-        verdict = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"DOES NOT FIT, {-spare:.1f} GiB too much"
+        verdict = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else (
+            f"DOES NOT FIT, {-spare:.1f} GiB too much; --fit looks for what does")
         if spare >= 0 > spare_gib(plan.worst, card_gib):
             verdict += "; but not if all tokens go to the same experts"
         lines.append(f"  a card of {card_gib:g} GiB, of which {RESERVE_GIB:g} is left to CUDA: {verdict}")
+    else:
+        lines.append("  tensors alone: Python, torch and what the system's allocator keeps come on top, 0.5 GiB and more")
     for line in peak.largest[:NUM_LINES]:
         where = line.line.partition(" < ")[0]
         lines.append(f"  {line.num_bytes / GIB:7.3f} GiB in {line.count:>4}  {line.category:<13} {line.module or '-'}  {where}")

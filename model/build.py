@@ -3,6 +3,7 @@ Peaks at the quantized model plus a few slices of it; nothing is materialized in
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ class ModelConfig:
 
 
 SUPPORTED = ("llama", "qwen3", "qwen3_5_moe_text")  # model_type of the text model
+NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads")  # in config.json
 # linears with a handful of outputs, which gate what others compute: they stay as they are, and are not adapted
 GATES = ("in_proj_a", "in_proj_b", "shared_expert_gate")
 FEED_FORWARD = ("post_attention_layernorm", "mlp")  # of a layer's second sublayer; its other modules are the first's
@@ -93,6 +95,8 @@ def build_empty(
     check_targets(lora, linear_names(model), has_experts=bool(expert_names(model)))
     all_names = {name for name, _ in model.named_parameters()}
     stop = 2 * model.config.num_hidden_layers if stop is None else stop
+    if keep_layers > (stop + 1) // 2 - first // 2:
+        raise ValueError(f"train.keep_layers is {keep_layers}, but the stage has {(stop + 1) // 2 - first // 2} layers")
     drop_others(model, first, stop)
     linears, experts = linear_names(model), expert_names(model)
     compute_dtype = model.dtype
@@ -130,7 +134,18 @@ def text_config(model_dir: Path) -> Any:
     file = model_dir / "config.json" if model_dir.suffix != ".json" else model_dir
     if not file.is_file():
         raise ValueError(f"{model_dir}/config.json: not found. Expected a directory with config.json and *.safetensors files")
-    config = AutoConfig.from_pretrained(file, local_files_only=True).get_text_config()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    text = found.get("text_config", found) if isinstance(found, dict) else {}
+    missing = [key for key in ("model_type", *NEEDED) if key not in text]
+    if missing:
+        raise ValueError(f"{file}: {', '.join(missing)} missing. Expected the config.json of a Hugging Face model")
+    try:
+        config = AutoConfig.from_pretrained(file, local_files_only=True).get_text_config()
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: transformers cannot read it: {str(error).splitlines()[0]}") from None
     if config.model_type not in SUPPORTED:
         raise ValueError(
             f"{model_dir}/config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"

@@ -62,6 +62,19 @@ def test_so_do_two_ranks(write_config, tiny_models, tmp_path, kind, program):
     assert len(off) == 2 and all(abs(percent) <= 3 for percent in off)
 
 
+def test_a_run_goes_on_without_a_plan(write_config, run_train, capsys, monkeypatch):
+    from loop import forecast
+
+    def broken(*args, **kwargs):
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(forecast, "rehearse", broken)
+    lines = run_train(write_config(train__max_steps=2))
+    said = capsys.readouterr()
+    assert "memory could not be planned (NotImplementedError: no such kernel)" in said.err
+    assert "not planned, measured" in said.out and len([line for line in lines if "lr" in line]) == 2
+
+
 def planned(capsys, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
     plan.main()
@@ -102,7 +115,18 @@ def test_a_card_that_is_too_small_is_said_so_and_fit_finds_what_fits(capsys, mon
     (["model.path=nowhere/at-all"], "shapes are built in: Qwen3-4B-Thinking-2507, Qwen3.5-35B-A3B"),
     (["--split", "99"], "the model has 4 sublayers"),
     (["--split", "2", "--ranks", "3"], "--ranks 3: expected a multiple of 2"),
+    (["--split", "here"], "--split here: expected sublayer numbers"),
+    (["--ranks", "9"], "--ranks 9: train.rows_per_step=8 leaves some of the 9 replicas without a row"),
+    (["train.keep_layers=5"], "train.keep_layers is 5, but the stage has 2 layers"),
+    (["train.keep_layers=1", "train.recompute=false"], "train.recompute is false: all are kept"),
+    (["model.path=Qwen/Qwen3.5-35B-A3B", "train.microbatch_tokens=128", "data.max_tokens=8192"], "the 1,730 tokens of a row"),
+    (["model.path=broken"], "broken/config.json: not valid JSON"),
+    (["model.path=list"], "list/config.json: model_type, hidden_size"),
 ])
 def test_mistakes_are_named(capsys, monkeypatch, write_config, arguments, message):
+    config = str(write_config())
+    for name, text in (("broken", '{"model_type": "qwen3", '), ("list", "[1]")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
-        planned(capsys, monkeypatch, "--config", str(write_config()), *arguments)
+        planned(capsys, monkeypatch, "--config", config, *arguments)
