@@ -73,7 +73,7 @@ class Ledger(TorchDispatchMode):
         self.allocations: list[Allocation] = []
         self.live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}  # by the storage's address in C++
         self.phases = [Phase("", 0)]
-        self.clock = self.current = self.peak = self.peak_event = 0
+        self.clock = self.current = self.peak = 0
         self.names: dict[int, str] = {}  # of modules, by id
         self.inside: list[str] = []  # names of the modules that are being called
         self.last_module = ""
@@ -122,8 +122,7 @@ class Ledger(TorchDispatchMode):
 
     def count(self, num_bytes: int) -> None:
         self.current += num_bytes
-        if self.current > self.peak:
-            self.peak, self.peak_event = self.current, self.clock
+        self.peak = max(self.peak, self.current)
 
     def forget(self, address: int) -> None:
         _, gone = self.live.pop(address)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from data.batches import StepBatch
 from loop.ledger import Ledger
-from loop.peak import Peak
 from loop.ranks import Ranks
 from loop.trace import recorded
 from model.delta_rule import padded_positions
@@ -72,7 +71,6 @@ class Memory:
         self.microbatch: int | None = None
         self.seen: dict[str, tuple[int, int]] = {}  # since the last `marks`, by phase: bytes at its end, bytes at most
         self.most_bytes = 0  # that tensors held in any step
-        self.measured: Peak | None = None  # the same on the CPU, and what it was held for
         self.model: nn.Module = nn.Module()
         self.adapters: list[nn.Parameter] = []
         self.optimizer: torch.optim.Optimizer | None = None
@@ -161,9 +159,8 @@ class Memory:
         with self.tracing(ledger, batch) if traced else ledger:
             yield
         self.ledger = None  # after an error it stays, for the report
-        peak = Peak.of(ledger, 0, ledger.clock)
-        if not counted and peak.num_bytes > self.most_bytes:
-            self.measured, self.most_bytes = peak, peak.num_bytes
+        if not counted:
+            self.most_bytes = max(self.most_bytes, ledger.peak)
 
     def tracing(self, ledger: Ledger, batch: StepBatch) -> AbstractContextManager[None]:
         """Keeps the ledger in this step, and writes its page when the step has ended."""

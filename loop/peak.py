@@ -1,4 +1,5 @@
-"""From a ledger to what a person asks: what the memory was held for when it was fullest, and which line made that."""
+"""From a ledger to what a person asks: what the memory was held for when it was fullest, and which line made that.
+Costs a few passes over the ledger's allocations."""
 
 from __future__ import annotations
 

@@ -229,7 +229,9 @@ def read_rows(config: Config, model: Path) -> TokenizedRows | None:
 
 def rows_bound(workload: Workload) -> int:
     """The fewest tokens that a microbatch must hold: the longest row's."""
-    return int(workload.rows.lengths_E.max()) if workload.rows is not None else workload.row_tokens
+    if workload.rows is not None:
+        return int(workload.rows.lengths_E.max())
+    return min(workload.row_tokens, workload.config.data.max_tokens)
 
 
 # What is printed
