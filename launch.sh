@@ -66,12 +66,16 @@ case $command in
     .venv/bin/python -m model.smollm2 >/dev/null
     ranks=$(num_gpus)
     if [ "$ranks" -eq 0 ]; then  # two ranks share the cores
+      if grep -q '^flags' /proc/cpuinfo 2>/dev/null && ! grep -qw avx512bw /proc/cpuinfo; then
+        echo "this CPU has no instructions for bf16, which would take hours: the demo computes in float32"
+        set -- model.base=float32 "$@"
+      fi
       ranks=2
       export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))}
     fi
-    .venv/bin/python -m loop.launch --standalone --nproc-per-node "$ranks" train.py --config configs/demo.yaml "$@"
+    .venv/bin/python -m loop.distributed.launch --standalone --nproc-per-node "$ranks" train.py --config configs/demo.yaml "$@"
     run_dir=checkpoints/$(setting run run configs/demo.yaml "$@")
-    .venv/bin/python -m loop.samples "$run_dir" --max-tokens 60
+    .venv/bin/python -m loop.review.samples "$run_dir" --max-tokens 60
     cat <<EOF
 
 What next:
@@ -83,7 +87,11 @@ EOF
     ;;
   test)
     setup test
-    .venv/bin/python -m pytest "$@"
+    if [ "${1:-}" = --quick ]; then
+      shift
+      set -- -m "not slow" "$@"
+    fi
+    .venv/bin/python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist worksteal "$@"
     ;;
   4b | 35b)
     config=configs/$command.yaml
@@ -99,12 +107,14 @@ EOF
       exit 2
     fi
     setup plots
+    # settings are checked before anything is downloaded or started
+    .venv/bin/python -c 'from loop import config, errors; errors.run_command(config.parse_pipeline_command_line)' --config "$config" "$@"
     model=$(setting model.path path <(grep '^model:' "$config") "$@")
-    .venv/bin/python -m model.fetch "$model" >/dev/null
+    .venv/bin/python -m model.weights.fetch "$model" >/dev/null
     if [ "$command" = 35b ]; then
       exec .venv/bin/python pipeline_train.py --config "$config" "$@"  # starts a process a stage itself
     fi
-    exec .venv/bin/python -m loop.launch --standalone --nproc-per-node "$visible" train.py --config "$config" "$@"
+    exec .venv/bin/python -m loop.distributed.launch --standalone --nproc-per-node "$visible" train.py --config "$config" "$@"
     ;;
   "" | help | -h | --help) usage ;;
   *) usage >&2; fail "unknown command: $command" ;;

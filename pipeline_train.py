@@ -6,99 +6,48 @@ torchrun --nproc-per-node 2 pipeline_train.py --split 40       # the same: start
 
 from __future__ import annotations
 
-from functools import partial
+from loop.config import parse_pipeline_command_line
+from loop.errors import run_command
+
+if __name__ == "__main__":  # a mistyped setting is answered here, before torch is imported
+    run_command(parse_pipeline_command_line)
 
 import torch
 
-from data.batches import Batches
-from loop import accumulate
-from loop.config import Config, parse_pipeline_command_line
-from loop.errors import run_command
-from loop.evaluate import evaluate
+from loop.config import Config
+from loop.distributed.groups import launched_ranks
+from loop.distributed.launch import restart_as_ranks
 from loop.fit import fit
-from loop.forecast import comparison, foresee, gathered, sentence
-from loop.gpipe import Pipeline
-from loop.launch import restart_as_ranks
-from loop.memory import Memory
-from loop.metrics import LoadingBar, RunLog
-from loop.oom import reporting
-from loop.optim import make_optimizer
-from loop.ranks import Ranks, launched_ranks
-from loop.run import course, load_splits, prepare_directory, resume, save
-from loop.split import Load, balance, check_split, choose_ranks, sublayer_costs, table
-from model.balance import load_balance, start_counting
-from model.build import build_empty, skeleton
-from model.fetch import model_directory
+from loop.memory.phases import Memory
+from loop.out_of_memory import reporting
+from loop.pipeline.gpipe import passes
+from loop.pipeline.split import check_split, choose_ranks, choose_split, table
+from loop.planned import Plan
+from loop.run import finish, headline, load_batches, load_state, prepare_directory, start
+from loop.state import resume
+from model.build import text_config
 
 
 def main() -> None:
-    config = parse_pipeline_command_line("Train LoRA adapters on a model split over several devices.")
+    config = parse_pipeline_command_line()
     num_stages = stages_to_start(config)
-    ranks = Ranks.from_launcher(deterministic=config.train.deterministic, num_stages=num_stages)
-    model_dir = model_directory(config.model.path, quiet=ranks.local_rank != 0)
-    ranks.connect(config.distributed)
-    log = RunLog(config.run_dir, config.log, enabled=ranks.is_main)
-    model = skeleton(model_dir, config.model.base)
-    num_sublayers = 2 * model.config.num_hidden_layers
-    if num_stages > 1 and config.pipeline.split != "auto":
-        ranks.on_main(lambda: check_split(config.pipeline.split, num_sublayers))
+    ranks, model_dir, log = start(config, num_stages)
+    if num_stages > 1:
+        ranks.on_main(lambda: check_split(config.pipeline.split, 2 * text_config(model_dir).num_hidden_layers))
     ranks.on_main(lambda: prepare_directory(config, log.say))
 
-    train_rows, eval_rows = load_splits(config, model_dir, ranks)
-    shares = (config.train.rows_per_step, config.train.microbatch_tokens, ranks.replica, ranks.num_replicas)
-    train_batches, eval_batches = Batches(train_rows, *shares), Batches(eval_rows, *shares)
-
-    costs = sublayer_costs(model, Load.of(
-        config.model.base, config.lora, config.train, train_rows, config.pipeline.schedule, num_stages, ranks.num_replicas
-    ))
-    automatic = num_stages == 1 or config.pipeline.split == "auto"
-    split = balance(costs, num_stages) if automatic else config.pipeline.split
-    log.say(table(costs, split, ranks.device.type, ranks.num_replicas))
-
-    first, stop = [0, *split][ranks.stage], [*split, num_sublayers][ranks.stage]
-    plan, planned_gib = foresee(config, model_dir, ranks, train_batches, first, stop)
-    log.say(sentence(plan, planned_gib))
-    log.plan(planned_gib, ranks.device)
-    memory = Memory(ranks.device, run_dir=config.run_dir, rank=ranks.rank, trace_step=config.train.memory_trace, say=log.say)
-    with reporting(config, model_dir, ranks, train_batches, eval_batches, plan, memory, first, stop):
-        with memory.during("build"):
-            stage, weights = build_empty(
-                model_dir, config.model.base, config.lora,
-                seed=config.train.seed, device=ranks.device, recompute=config.train.recompute,
-                keep_layers=config.train.keep_layers, first=first, stop=stop,
-            )
-        with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
-            weights.load(model_dir, bar.advance)
-        if config.train.router_stats:
-            start_counting(stage.model)
-        adapters = stage.adapters()
-        optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
-        memory.attach(stage.model, adapters.values(), optimizer)
-        settings = course(config, train_rows, eval_rows)
-        done = resume(config, settings, adapters, optimizer, ranks, log.say)
-
-        pipeline = Pipeline([stage], ranks, config.pipeline.schedule, memory)
-        alone = num_stages == 1
-        forward_backward = partial(accumulate.forward_backward, stage, memory) if alone else pipeline.forward_backward
-        forward_only = partial(accumulate.forward_only, stage) if alone else pipeline.forward_only
-        log.say(
-            f"{train_batches.num_rows:,} rows, {train_batches.steps_per_epoch:,} steps an epoch, "
-            f"{num_stages} stage(s), {ranks.num_replicas} replica(s) on {ranks.device.type}"
-        )
-        fit(
-            config.train, done, train_batches, adapters, optimizer, forward_backward,
-            evaluate=lambda: evaluate(eval_batches, config.eval.max_rows, forward_only, ranks),
-            save=lambda step, eval_loss: save(config, step, eval_loss, settings, adapters, optimizer, ranks, log),
-            eval_every=config.eval.every, save_every=config.checkpoint.every,
-            ranks=ranks, log=log, memory=memory,
-            load_balance=partial(load_balance, stage.model, ranks.sum_replicas, ranks.gather_stages)
-            if config.train.router_stats else None,
-            timings=dict if alone else partial(pipeline.timings, config.run_dir),
-        )
-    log.say(comparison(planned_gib, gathered(memory.most_bytes, ranks)))
-    log.say(f"finished: {config.run_dir}")
-    log.close()
-    ranks.disconnect()
+    batches, held_out = load_batches(config, model_dir, ranks)
+    ranks.split, costs = choose_split(config, model_dir, batches.rows, num_stages)
+    log.say(table(costs, ranks.split, ranks.device.type, ranks.num_replicas))
+    plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
+    memory = Memory(ranks.device, trace_step=config.train.memory_trace)
+    with reporting(config, batches, held_out, ranks, memory, plan):
+        state = load_state(config, model_dir, batches, held_out, ranks, memory)
+        resume(config, state, ranks, log.say)
+        log.say(headline(batches, state, ranks))
+        forward_backward, forward_only = passes(state.stage, ranks, config.pipeline.schedule, log, memory)
+        fit(config, state, batches, held_out, forward_backward, forward_only, ranks, log, memory)
+    finish(config, plan, memory, log, ranks)
 
 
 def stages_to_start(config: Config) -> int:

@@ -69,7 +69,7 @@ def build_ours(checkpoint: Path, base: str) -> Any:
     import torch
 
     from model.build import build
-    from model.lora import LoraConfig
+    from model.config import LoraConfig
 
     return build(checkpoint, base, LoraConfig(1, 1, ("q_proj",)), seed=0, device=torch.device("cpu"), recompute=True)
 
@@ -79,7 +79,7 @@ def quantize_alone(checkpoint: Path, base: str) -> Any:
     import torch
 
     import model.build
-    from model.shards import Experts
+    from model.weights.shards import Experts
 
     numbers = torch.randn(16 * MIB // 2).bfloat16()
 
@@ -102,7 +102,7 @@ def quantize_alone(checkpoint: Path, base: str) -> Any:
 
 def read_alone(checkpoint: Path) -> None:
     """Every tensor, 8 MiB at a time, put nowhere."""
-    from model.shards import Checkpoint
+    from model.weights.shards import Checkpoint
 
     opened = Checkpoint(checkpoint)
     for name, info in opened.tensors.items():
@@ -169,7 +169,7 @@ def run(subjects: list[str], checkpoint: Path, base: str, repeats: int) -> dict[
 
 
 def prepare(layout: str) -> Path:
-    from model.tiny import write_tiny
+    from model.tiny.write import write_tiny
 
     checkpoint = Path(tempfile.gettempdir()) / f"chess-coach-trainer-bench-{os.getuid()}" / layout
     if not (checkpoint / "complete").exists():
@@ -180,7 +180,7 @@ def prepare(layout: str) -> Path:
 
 
 def bf16_bytes(checkpoint: Path) -> int:
-    from model.shards import Checkpoint
+    from model.weights.shards import Checkpoint
 
     return sum(2 * _numel(info.shape) for info in Checkpoint(checkpoint).tensors.values())
 

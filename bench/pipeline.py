@@ -32,7 +32,7 @@ SETTINGS = {
     # a row fills a microbatch: 16 of them go through the pipeline, or 8 through each of two ranks
     "train": {"epochs": 1, "rows_per_step": NUM_MICROBATCHES, "microbatch_tokens": ROW_TOKENS, "learning_rate": 1e-3,
               "optimizer": "adamw"},
-    "eval": {"every": 100_000, "max_rows": 1},
+    "eval": {"every": 1, "max_rows": 1},  # when stages were busy is recorded at evaluations
 }
 CONTENDERS = {
     "data parallel": ["train.py"],
@@ -45,7 +45,7 @@ def prepare(directory: Path, num_steps: int) -> None:
     """A dense model whose layers are alike, rows that are just as long as a microbatch, and the configuration."""
     from transformers import AutoTokenizer
 
-    from model.tiny import write_tiny
+    from model.tiny.write import write_tiny
 
     model = write_tiny(
         directory / "model", kind="qwen3", num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN,
@@ -69,14 +69,17 @@ def run(contender: str, directory: Path) -> list[dict[str, Any]]:
         RuntimeError: it failed; its output is in the message.
     """
     script, *settings = CONTENDERS[contender]
-    command = [sys.executable, "-m", "loop.launch", "--standalone", f"--nproc-per-node={NUM_STAGES}", str(REPO / script),
-               "--config", "config.yaml", "resume=never", *settings]
+    launcher = [sys.executable, "-m", "loop.distributed.launch", "--standalone", f"--nproc-per-node={NUM_STAGES}"]
+    command = [*launcher, str(REPO / script), "--config", "config.yaml", "resume=never", "train.plan=false", *settings]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     lines = (directory / "checkpoints/bench/metrics.jsonl").read_text().splitlines()
-    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in map(json.loads, lines):
+        by_step.setdefault(line["step"], {}).update(line)
+    steps = [step for step in by_step.values() if "loss" in step]
     assert all(step["microbatches"] == NUM_MICROBATCHES for step in steps), "a row is not a microbatch"
     return steps[1:]
 

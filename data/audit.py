@@ -1,4 +1,4 @@
-"""What will be trained on, in numbers and in colour, so that a person sees the mask before hours go into it."""
+"""Shows what will be trained on, as counts and as coloured text: a person can check the mask before a long run."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_percentiles(counts: dict[str, Any]) -> dict[str, Any]:
-    """Percentiles of two splits do not add up."""
+    """The counts that can be added over splits; percentiles cannot."""
     return {key: value for key, value in counts.items() if not key.endswith("_percentiles")}
 
 
 def table(report: dict[str, Any]) -> str:
-    """The audit for a person."""
+    """The audit as text for a person."""
     lines = []
     for split, sources in report["splits"].items():
         for source, counts in sources.items():
@@ -103,7 +103,7 @@ def kept_lines(counts: dict[str, Any]) -> list[str]:
 
 
 def runs(rows: TokenizedRows, index: int, tokenizer: Any) -> Iterator[tuple[bool, str]]:
-    """An example's text, cut where supervision begins and ends."""
+    """An example's text, cut where supervision begins and ends: (is supervised, text) of each part."""
     ids, supervised = rows.example(index)
     for flag, pairs in groupby(zip(supervised.tolist(), ids.tolist()), key=lambda pair: pair[0]):
         yield bool(flag), tokenizer.decode([token for _, token in pairs], skip_special_tokens=False)
@@ -127,7 +127,7 @@ mark{{background:#c9f2cf;color:#0a4d18;border-radius:3px}} h2{{font-size:1rem;ma
 
 
 def html_page(report: dict[str, Any], shown: list[tuple[TokenizedRows, int]], tokenizer: Any) -> str:
-    """The same as a page that stands alone."""
+    """The audit and the shown examples as one self-contained HTML page."""
     blocks = []
     for rows, index in shown:
         text = "".join(

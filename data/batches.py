@@ -1,5 +1,5 @@
-"""Iterates over optimizer steps: the rows of each, packed into this rank's microbatches; resumable by step number.
-Holds one step's tokens; the rows themselves lie in flat arrays."""
+"""Iterates over optimizer steps: packs each step's rows into this rank's microbatches; resumable by step number.
+Holds one step's tokens beside the flat arrays of all rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import StepPlan, plan_step
+from data.packing import Packing, pack_step
 from data.tokenized import TokenizedRows
 
 # T tokens of the stream, N supervised positions, R segments (the rows, and the padding as the last one)
@@ -18,7 +18,7 @@ from data.tokenized import TokenizedRows
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A packed stream of whole rows. Rows never see each other; what is beyond them is padding.
+    """A packed stream of whole rows, padded at the end. Rows never see each other.
 
     `lengths` are the segments' lengths as plain numbers, so that cutting the stream never waits for the device.
     """
@@ -49,21 +49,21 @@ class StepBatch:
     epoch: int  # from 0
     microbatches: list[Microbatch]
     length: int  # T of every microbatch
-    slots: range  # this replica's microbatches among all the step's
-    lines_by_slot: list[list[int]]  # the rows of every microbatch of the step, all replicas
+    slots: range  # this replica's microbatches, numbered through all replicas
+    lines_by_slot: list[list[int]]  # lines of the rows of each microbatch, of all replicas
     num_rows: int
     num_tokens: int
     num_supervised_tokens: int
 
 
 class Batches:
-    """Deals the rows of each optimizer step over replicas; the same rows whatever the number of replicas.
+    """Deals the rows of each optimizer step to the replicas; a step has the same rows for any number of replicas.
 
     Args:
-        rows: the split.
+        rows: all rows of the split.
         rows_per_step: rows of one optimizer step, over all replicas.
         microbatch_tokens: the most tokens of one forward and backward pass.
-        replica, num_replicas: which data-parallel share is this rank's.
+        replica, num_replicas: this rank's data-parallel share.
 
     Raises:
         ValueError: a row is longer than microbatch_tokens.
@@ -81,36 +81,36 @@ class Batches:
                 f"{rows.path}:{int(rows.lines_E[longest])}: {self.lengths[longest]:,} tokens do not fit into "
                 f"train.microbatch_tokens={microbatch_tokens}. Raise it, or lower data.max_tokens with data.overlong=drop"
             )
-        # examples of one row: [first_example[r], first_example[r + 1])
+        # row r has the examples from first_example[r] to first_example[r + 1]
         lines = rows.lines_E.numpy()
         self.first_example = np.flatnonzero(np.diff(lines, prepend=-1, append=-1))
         self.num_rows = len(self.first_example) - 1
         self.steps_per_epoch = -(-self.num_rows // rows_per_step)
-        self.order_of: tuple[int, int] | None = None  # the seed and epoch whose order is kept
+        self.order_of: tuple[int, int] | None = None  # the seed and epoch of `self.order`
 
     def train_steps(self, done: int, total: int, seed: int) -> Iterator[StepBatch]:
-        """Steps `done + 1` to `total`, each epoch in a shuffled order of its own; nothing else is needed to resume."""
+        """Steps `done + 1` to `total`, each epoch in its own shuffled order; a resumed run needs only `done`."""
         for step in range(done + 1, total + 1):
             yield self.pack(step, (step - 1) // self.steps_per_epoch, self.rows_of(step, seed))
 
     def rows_of(self, step: int, seed: int) -> np.ndarray:
-        """The rows that optimizer step `step` sees."""
+        """The numbers of the rows of optimizer step `step`."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         if self.order_of != (seed, epoch):
             self.order, self.order_of = np.random.default_rng([seed, epoch]).permutation(self.num_rows), (seed, epoch)
         return self.order[position * self.rows_per_step : (position + 1) * self.rows_per_step]
 
     def shapes(self, done: int, total: int, seed: int) -> Iterator[tuple[int, list[tuple[int, ...]], int]]:
-        """Of steps `done + 1` to `total`, without packing them: step, the lengths of the segments of each of this
-        replica's microbatches, and the most supervised positions in one of these."""
+        """For steps `done + 1` to `total`, without their tokens: the step, the segments' lengths in each of this
+        replica's microbatches, and the largest number of supervised positions in one microbatch."""
         supervised_N = np.concatenate([[0], self.rows.supervised_N.numpy().cumsum(dtype=np.int64)])
         supervised_E = np.diff(supervised_N[self.rows.starts_E1.numpy()])
         for step in range(done + 1, total + 1):
-            examples, plan = self.plan(self.rows_of(step, seed))
-            own = plan.microbatches[self.replica]
+            examples, packing = self.packing(self.rows_of(step, seed))
+            own = packing.microbatches[self.replica]
             most = max((sum(int(supervised_E[examples[i]]) for i in members) for members in own), default=0)
             lengths = [[self.lengths[examples[i]] for i in members] for members in own]
-            yield step, [filled_up(rows, plan.length) for rows in lengths], most
+            yield step, [filled_up(rows, packing.length) for rows in lengths], most
 
     def eval_steps(self, max_rows: int | None) -> Iterator[StepBatch]:
         """All rows once, or the first `max_rows`, in file order."""
@@ -119,15 +119,15 @@ class Batches:
             yield self.pack(index, 0, np.arange(start, min(start + self.rows_per_step, num_rows)))
 
     def pack(self, step: int, epoch: int, chosen: np.ndarray) -> StepBatch:
-        """The step that sees these rows, as this replica computes it."""
-        examples, plan = self.plan(chosen)
-        slots = slots_of(plan, self.replica)
-        members = [[examples[i] for i in members] for replica in plan.microbatches for members in replica]
+        """The optimizer step of these rows, as this replica computes it."""
+        examples, packing = self.packing(chosen)
+        slots = slots_of(packing, self.replica)
+        members = [[examples[i] for i in members] for replica in packing.microbatches for members in replica]
         return StepBatch(
             step=step,
             epoch=epoch,
-            microbatches=[self.microbatch(members[slot], plan.length) for slot in slots],
-            length=plan.length,
+            microbatches=[self.microbatch(members[slot], packing.length) for slot in slots],
+            length=packing.length,
             slots=slots,
             lines_by_slot=[sorted({int(self.rows.lines_E[e]) for e in slot}) for slot in members],
             num_rows=len(chosen),
@@ -135,12 +135,12 @@ class Batches:
             num_supervised_tokens=sum(int(self.rows.example(e)[1].sum()) for e in examples),
         )
 
-    def plan(self, chosen: np.ndarray) -> tuple[list[int], StepPlan]:
+    def packing(self, chosen: np.ndarray) -> tuple[list[int], Packing]:
         """The examples of these rows, and which microbatch of which replica each goes to."""
         groups = [range(self.first_example[row], self.first_example[row + 1]) for row in chosen]
         examples = [example for group in groups for example in group]
         lengths = [[self.lengths[e] for e in group] for group in groups]
-        return examples, plan_step(lengths, self.num_replicas, self.microbatch_tokens)
+        return examples, pack_step(lengths, self.num_replicas, self.microbatch_tokens)
 
     def microbatch(self, examples: list[int], length: int) -> Microbatch:
         """Lays examples end to end and pads the stream to `length`."""
@@ -172,12 +172,12 @@ class Batches:
 
 
 def filled_up(lengths: list[int], length: int) -> tuple[int, ...]:
-    """The segments of a stream of `length`: rows of these lengths, and the padding, if there is any."""
+    """Lengths of the segments of a stream of `length`: these rows, and the padding if there is any."""
     missing = length - sum(lengths)
     return (*lengths, missing) if missing else tuple(lengths)
 
 
-def slots_of(plan: StepPlan, replica: int) -> range:
-    """The numbers of a replica's microbatches when all replicas' are counted through."""
-    counts = [len(microbatches) for microbatches in plan.microbatches]
+def slots_of(packing: Packing, replica: int) -> range:
+    """The numbers of a replica's microbatches, counted through all replicas."""
+    counts = [len(microbatches) for microbatches in packing.microbatches]
     return range(sum(counts[:replica]), sum(counts[: replica + 1]))

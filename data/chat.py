@@ -1,5 +1,5 @@
 """Turns chat rows into token ids and says which of them are supervised: the assistant's text and its stop token.
-The prompt that is trained on is the prompt that is served, id by id."""
+Training sees the same prompts as a server, id by id."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Example:
 
 
 class ChatFormat:
-    """Renders rows as the tokenizer's own chat template would be rendered by a server.
+    """Renders rows with the tokenizer's own chat template, as a server does.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
@@ -40,20 +40,20 @@ class ChatFormat:
             raise ValueError(f"{name}: expected one chat template, found {found}. Use an instruction-tuned (chat) model")
         if STOP_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"{name}: the tokenizer has no {STOP_TOKEN}. Only ChatML models (Qwen, SmolLM2) are supported")
-        # a tokenizer.json may ask for either, and both would change ids and masks without a word
+        # a tokenizer.json may switch these on, which would silently change ids and masks
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.think = think
         self.stop_id: int = tokenizer.convert_tokens_to_ids(STOP_TOKEN)
-        # tags such as <think> are added tokens too, but not special: they may stand in a text
+        # without tags such as <think>, which are added but not special tokens and may occur in a text
         self.control_tokens = tuple(token for token in tokenizer.all_special_tokens if token)
 
     def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> str:
-        """The text a server sends for these messages, up to where the model starts to write.
+        """The text that a server gives to the model for these messages, up to where the model starts to write.
 
-        Without thinking, a block that the template leaves open all the same (Qwen3-4B-Thinking-2507 knows no
-        switch) is closed, empty: it belongs to the prompt, here as in review and in the exported template.
+        Some templates open a think block even with thinking off (Qwen3-4B-Thinking-2507 has no switch). The prompt then
+        closes the empty block, as review and the exported template do.
         """
         text = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
@@ -63,11 +63,11 @@ class ChatFormat:
         return text
 
     def examples(self, rows: Sequence[Row]) -> list[list[Example] | Dropped]:
-        """Tokenizes rows together (the tokenizer runs over its batch in parallel), one entry a row, in order.
+        """Tokenizes rows as one batch, which the tokenizer works on in parallel; one entry for each row, in order.
 
-        Every assistant turn is supervised. Turns share one example as long as the prompt of the next turn
-        repeats, id by id, what was written so far. Where the template renders a turn in history otherwise than as
-        the last turn (Qwen drops the think block), the turn gets an example of its own.
+        Every assistant turn is supervised. Turns share one example as long as the prompt of the next turn begins with
+        all ids of the example so far. Where the template renders an earlier turn differently from the last one (Qwen
+        drops the think block), the next turn starts a new example.
         """
         texts: list[str] = []
         outcomes: list[Dropped | None] = []
@@ -93,7 +93,7 @@ class ChatFormat:
             thinking = turn.thought is not None
             try:
                 prompt = self.prompt(row.messages[:index], thinking)
-            except Exception as error:  # whatever a template raises: jinja's errors share no narrower base with TypeError
+            except Exception as error:  # templates raise jinja's errors or TypeError, which share no narrower base
                 raise BadRow("refused by the chat template", str(error)) from None
             written = turn.answer if turn.thought is None else thought_and_answer(turn.thought, turn.answer)
             # the prompt may have opened the thought already

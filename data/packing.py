@@ -1,5 +1,5 @@
-"""Pure: lengths of the rows of one optimizer step -> which microbatch of which rank holds each.
-Which rows share a microbatch never changes the step's gradient, only its speed."""
+"""Decides from the rows' lengths which microbatch of which replica holds each row of an optimizer step.
+Which rows share a microbatch never changes the step's gradient, only the step's speed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Sequence
 
-ROUND_TO = 128  # microbatch lengths are multiples of this: few distinct shapes, whole tiles in every matmul
-MAX_SPARE = 2  # one microbatch more than needed can be the fuller packing: 10 of 4 rows, not 9 of 4 or 5
+ROUND_TO = 128  # tokens; microbatch lengths are multiples: few distinct shapes, whole tiles in every matmul
+MAX_SPARE = 2  # microbatches more than needed: 40 equal rows fill 10 microbatches of 4, but leave room in 9 of 5
+
+
+def rounded_up(num_tokens: int) -> int:
+    """The length of a stream that holds `num_tokens`: rounded up to a multiple of 128."""
+    return -(-num_tokens // ROUND_TO) * ROUND_TO
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class Packing:
     """Where each example of one optimizer step goes.
 
     `microbatches[replica][m]` lists indices into the step's examples. All microbatches are `length` tokens long, the
@@ -23,14 +28,14 @@ class StepPlan:
     microbatches: list[list[list[int]]]
 
 
-def plan_step(groups: Sequence[Sequence[int]], num_replicas: int, microbatch_tokens: int) -> StepPlan:
+def pack_step(groups: Sequence[Sequence[int]], num_replicas: int, microbatch_tokens: int) -> Packing:
     """Deals rows over replicas evenly by tokens, then packs each replica's examples into balanced microbatches: as few
     as hold them, or a few more where that leaves less padding.
 
     Args:
-        groups: for each row of the step the lengths of its examples; examples are numbered through the groups.
+        groups: for each row of the step the lengths of its examples; examples are numbered in this order through all groups.
         num_replicas: data-parallel replicas.
-        microbatch_tokens: the most tokens a microbatch may hold; rounded up to 128 it bounds the plan's length.
+        microbatch_tokens: the most tokens of a microbatch; padding may fill it up to the next multiple of 128.
     """
     lengths = [length for group in groups for length in group]
     first = [sum(len(group) for group in groups[:g]) for g in range(len(groups))]
@@ -38,12 +43,12 @@ def plan_step(groups: Sequence[Sequence[int]], num_replicas: int, microbatch_tok
         [first[g] + i for g in rows for i in range(len(groups[g]))]
         for rows in balance([sum(group) for group in groups], num_replicas)
     ]
-    plans = [pack(lengths, dealt, microbatch_tokens, spare) for spare in range(MAX_SPARE + 1)]
-    return min(plans, key=lambda plan: plan.length * sum(len(replica) for replica in plan.microbatches))
+    packings = [pack(lengths, dealt, microbatch_tokens, spare) for spare in range(MAX_SPARE + 1)]
+    return min(packings, key=lambda packing: packing.length * sum(len(replica) for replica in packing.microbatches))
 
 
-def pack(lengths: Sequence[int], dealt: Sequence[Sequence[int]], capacity: int, spare: int) -> StepPlan:
-    """Packs each replica's examples into the fewest microbatches that hold them, and `spare` more."""
+def pack(lengths: Sequence[int], dealt: Sequence[Sequence[int]], capacity: int, spare: int) -> Packing:
+    """Packs each replica's examples into the fewest microbatches found, and up to `spare` more."""
     microbatches = []
     for examples in dealt:
         sizes = [lengths[e] for e in examples]
@@ -53,11 +58,11 @@ def pack(lengths: Sequence[int], dealt: Sequence[Sequence[int]], capacity: int, 
             bins = looser if max(sum(sizes[i] for i in members) for members in looser) <= capacity else bins
         microbatches.append([sorted(examples[i] for i in members) for members in bins])
     fullest = max(sum(lengths[e] for e in members) for replica in microbatches for members in replica)
-    return StepPlan(-(-fullest // ROUND_TO) * ROUND_TO, microbatches)
+    return Packing(rounded_up(fullest), microbatches)
 
 
 def balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest first, each into the emptiest bin (Graham 1969): at most 4/3 of the best possible fullest bin."""
+    """Longest first, each into the emptiest bin (Graham 1969): the fullest bin has at most 4/3 of the least possible."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     totals = [0] * num_bins
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -68,7 +73,7 @@ def balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
 
 
 def fewest_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """The fewest bins of `capacity` found, filled as evenly as possible; none for no sizes."""
+    """The fewest bins of `capacity` that `balance` or `best_fit` find; no bins for no sizes."""
     assert all(size <= capacity for size in sizes), "an example is longer than a microbatch"
     for num_bins in count(-(-sum(sizes) // capacity)):
         bins = balance(sizes, num_bins)

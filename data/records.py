@@ -1,5 +1,5 @@
 """Reads chat rows from JSONL and says exactly what is wrong with the ones that cannot be trained on.
-One row is in memory at a time."""
+Holds one row at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class DataConfig:
     sources: tuple[str, ...]  # rows with another metadata.source are dropped and counted
     think: Literal["strip", "keep"] = "strip"  # <think> blocks of answers: removed, or supervised with the answer
     max_tokens: int = 8192  # longest example, prompt and answer together
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    bad_rows: Literal["error", "skip"] = "error"
+    overlong: Literal["error", "drop", "truncate"] = "error"  # what happens to rows longer than max_tokens
+    bad_rows: Literal["error", "skip"] = "error"  # what happens to rows that cannot be read
 
     def __post_init__(self) -> None:
         if self.max_tokens < 2:
@@ -30,7 +30,7 @@ class DataConfig:
 
 
 class Turn(NamedTuple):
-    """One assistant answer, its thought apart."""
+    """One assistant answer, separated from its thought."""
 
     thought: str | None  # None where the row has no <think> block, or where blocks are stripped
     answer: str
@@ -38,7 +38,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One chat row: what the other roles said as it stands, and every assistant turn parsed."""
+    """One chat row: all its messages, and every assistant turn parsed."""
 
     line: int  # from 1, in its file
     source: str
@@ -51,14 +51,14 @@ class Dropped:
     """A row that is not trained on, and why."""
 
     line: int
-    source: str  # "(unknown)" where the row could not be read so far
+    source: str  # "(unknown)" if the row's source could not be read
     reason: str  # a short phrase, the same for all rows of its kind
     detail: str  # what was found in this row
     bad: bool  # False: left out as configured (another source); True: the row is broken
 
 
 class BadRow(Exception):
-    """Raised while one row is read; becomes a `Dropped`."""
+    """A row cannot be used; whoever reads or renders rows turns this into a `Dropped`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -70,7 +70,7 @@ THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterator[Row | Dropped]:
-    """Reads a JSONL file row by row; blank lines are passed over, but counted as lines.
+    """Reads a JSONL file row by row; skips blank lines, but counts them as lines.
 
     Raises:
         ValueError: the file is missing, is a directory, or may not be read.
@@ -96,7 +96,7 @@ def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterato
 
 
 def parse_json(raw: bytes, first: bool) -> dict:
-    """Decodes one line; a byte order mark at the head of the file is passed over."""
+    """Decodes one line; skips a byte order mark at the head of the file."""
     try:
         text = raw.rstrip(b"\r\n").decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -105,7 +105,7 @@ def parse_json(raw: bytes, first: bool) -> dict:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRow("not JSON", f"{error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+    except (ValueError, RecursionError) as error:  # thousands of digits in a number; a thousand nested brackets
         raise BadRow("not JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow("not a JSON object", f"found {type(record).__name__}")
@@ -152,7 +152,7 @@ def check_message(index: int, message: object) -> None:
 
 
 def check_unicode(where: str, text: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer can read."""
+    """Raises for an unpaired surrogate, which JSON can spell but no tokenizer can read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -160,7 +160,7 @@ def check_unicode(where: str, text: str) -> None:
 
 
 def check_order(roles: list[str]) -> None:
-    """Optional system first, then user and assistant in turn, the last one assistant."""
+    """Raises unless an optional system role is followed by pairs of user and assistant."""
     turns = roles[1:] if roles[0] == "system" else roles
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or turns != expected:
@@ -168,7 +168,7 @@ def check_order(roles: list[str]) -> None:
 
 
 def parse_answer(content: str, think: str, index: int) -> Turn:
-    """Takes the <think> block out of an answer.
+    """Separates an answer from its <think> block.
 
     Raises:
         BadRow: a stray or unclosed tag, an empty answer, or (`keep`) a thought that does not open the answer.
@@ -176,7 +176,7 @@ def parse_answer(content: str, think: str, index: int) -> Turn:
     where = f"messages[{index}]"
     answer = THINK_BLOCK.sub("", content)
     blocks = THINK_BLOCK.findall(content)
-    # what a block holds is checked too: a nested <think> ends with the first </think>
+    # blocks are checked too, because a block that contains another <think> ends at the first </think>
     if "<think>" in answer or any("<think>" in block for block in blocks):
         raise BadRow("unclosed <think>", f"{where} opens a <think> that is not closed before the next one or the end")
     if "</think>" in answer:
@@ -188,7 +188,7 @@ def parse_answer(content: str, think: str, index: int) -> Turn:
     if len(blocks) > 1 or not content.lstrip().startswith("<think>"):
         raise BadRow("misplaced <think>", f"{where}: think: keep expects one <think> block, at the head of the answer")
     thought = blocks[0].strip()
-    return Turn(thought or None, answer.strip())  # an empty block is no thought: it is never supervised
+    return Turn(thought or None, answer.strip())  # an empty block is no thought and is never supervised
 
 
 def thought_and_answer(thought: str, answer: str) -> str:

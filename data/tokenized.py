@@ -1,5 +1,5 @@
-"""Rows of one split as flat token arrays, tokenized once and cached under a hash of all that decides them.
-Costs 5 bytes a token in memory; while it is made, 512 rows of text on top."""
+"""Rows of one split as flat token arrays, tokenized once and cached under a hash of all that determines the tokens.
+Costs 5 bytes a token; tokenizing also holds the text of 512 rows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tqdm import tqdm
 from data.chat import ChatFormat, Example
 from data.records import DataConfig, Dropped, Row, read_rows
 
-FORMAT = 2  # raise it when ids or masks of the same rows change, so that old caches are not read
+FORMAT = 2  # increase FORMAT when ids or masks of the same rows change, so that old caches are not read
 ROWS_AT_ONCE = 512
 MAX_ERRORS_SHOWN = 5
 
 
 @dataclass
 class SourceCounts:
-    """What became of the rows of one source."""
+    """How many rows of one source were kept or dropped, and what was made of them."""
 
     rows: int = 0  # rows read
     kept: int = 0  # rows trained on
@@ -46,7 +46,7 @@ class SourceCounts:
 class TokenizedRows:
     """All examples of one split, end to end. E examples, N tokens.
 
-    Examples of one row stand together and share its `lines` entry.
+    Examples of one row are neighbours and have the same `lines` entry.
     """
 
     path: str
@@ -93,18 +93,18 @@ class TokenizedRows:
 
 
 def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -> TokenizedRows:
-    """Tokenizes the file of a split (`train` or `eval`), or reads what was made of the same rows and settings before.
+    """Tokenizes the file of a split (`train` or `eval`), or reads the cache of the same rows and settings.
 
     Raises:
         ValueError: what `tokenize` and `ChatFormat` raise; or the cache cannot be written.
     """
     path = {"train": config.train, "eval": config.eval}[split]
-    ChatFormat(tokenizer, config.think)  # says what is wrong with a tokenizer before anything is asked of it
+    ChatFormat(tokenizer, config.think)  # raises for an unsuitable tokenizer before it is used
     cached = cache_dir / f"{split}-{fingerprint(path, tokenizer, config)}.safetensors"
     try:
         return replace(TokenizedRows.from_tensors(load_file(cached)), path=path)
     except (FileNotFoundError, SafetensorError, KeyError):
-        pass  # not made yet, or cut short: made again
+        pass  # no cache, or one that was cut short: tokenize
     rows = tokenize(path, tokenizer, config)
     partial = cached.with_suffix(".partial")
     try:
@@ -119,7 +119,7 @@ def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -
 
 
 def fingerprint(path: str, tokenizer: Any, config: DataConfig) -> str:
-    """A hash of data, tokenizer, template and policy: whatever decides the ids and masks."""
+    """A hash of all that determines ids and masks: data, tokenizer, chat template and settings."""
     try:
         with open(Path(path).expanduser(), "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
@@ -145,9 +145,9 @@ def tokenize(path: str, tokenizer: Any, config: DataConfig) -> TokenizedRows:
 
 
 def outcomes(path: str, chat: ChatFormat, config: DataConfig) -> Iterator[list[Example] | Dropped]:
-    """What becomes of each row, in file order up to a batch."""
+    """Each row's examples, or why the row is dropped; in file order, except that each batch begins with its unreadable rows."""
     for batch in batched(with_progress(path, read_rows(path, config.sources, config.think)), ROWS_AT_ONCE):
-        # a row that could not be read comes before its batch, so that `bad_rows: error` stops without tokenizing
+        # first, so that `bad_rows: error` stops before the batch is tokenized
         yield from (row for row in batch if isinstance(row, Dropped))
         yield from chat.examples([row for row in batch if isinstance(row, Row)])
 
@@ -159,7 +159,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def with_progress(path: str, rows: Iterator[Row | Dropped]) -> Iterator[Row | Dropped]:
-    """A bar over the lines of the file; it stays away where nobody watches."""
+    """Passes rows on and shows a progress bar over the lines of the file, on terminals only."""
     with open(Path(path).expanduser(), "rb") as file:
         num_lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     with tqdm(total=num_lines, unit="row", desc=f"tokenizing {Path(path).name}", disable=None, leave=False) as bar:

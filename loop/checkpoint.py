@@ -1,5 +1,5 @@
-"""A checkpoint is a commit: it is there whole and verified, or it is not there. Rank 0 alone reads and writes.
-Costs one copy of adapters and optimizer state in CPU memory while it is written."""
+"""Writes, verifies and reads the checkpoints of a run, on rank 0. A crash never leaves an incomplete checkpoint.
+Costs one copy of adapters and optimizer states in CPU memory while a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -10,27 +10,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-STATE, ADAPTER, OPTIMIZER, MANIFEST = "state.json", "adapter_model.safetensors", "optimizer.safetensors", "manifest.json"
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the run is saved, and how much of it stays."""
-
-    every: int = 500  # optimizer steps
-    keep: int = 3  # best by held-out loss; the newest stays too
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"checkpoint.every is {self.every}, expected at least 1 step")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep is {self.keep}, expected at least 1")
+STATE, OPTIMIZER, MANIFEST = "state.json", "optimizer.safetensors", "manifest.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 
 
 @dataclass
@@ -44,17 +31,20 @@ class Saved:
 
 
 def save(run_dir: Path, saved: Saved, keep: int) -> Path:
-    """Writes checkpoint `step-NNNNNNNN`, then removes what rotation no longer keeps.
+    """Writes checkpoint `step-NNNNNNNN`, then removes all but the `keep` best by held-out loss and the newest.
 
     Every file is synced, the manifest is written last, and one rename makes the checkpoint appear. A crash at any
-    moment leaves the earlier checkpoints, and at most a `.partial` directory that the next save removes.
+    moment leaves the earlier checkpoints, and at most a `.partial` directory, which `newest` removes.
+
+    Raises:
+        ValueError: the checkpoint could not be written.
     """
     path = run_dir / f"step-{saved.state['step']:08d}"
-    partial = run_dir / f".{path.name}.partial"
+    partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_files(partial, saved)
-        if path.exists():  # an unverifiable one of the same step, left from before a resume
+        if path.exists():  # a damaged checkpoint of the same step, written before a resume
             shutil.rmtree(path)
         partial.rename(path)
         sync(run_dir)
@@ -65,37 +55,34 @@ def save(run_dir: Path, saved: Saved, keep: int) -> Path:
             f"{path}: could not be written ({error}); {free:.1f} GB are free. Make room and give the same command again: "
             "it continues from the newest checkpoint"
         ) from None
-    rotate(run_dir, keep, just_saved=path)
+    checkpoints = list_checkpoints(run_dir)
+    kept = {*sorted(checkpoints, key=eval_loss)[:keep], checkpoints[-1], path}
+    for outdated in set(checkpoints) - kept:
+        shutil.rmtree(outdated.rename(partial_of(outdated)))  # renamed first: a crash leaves no checkpoint without files
     return path
 
 
+def partial_of(path: Path) -> Path:
+    """The name of a checkpoint that is being written or removed."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_files(partial: Path, saved: Saved) -> None:
-    """All files of a checkpoint, synced, the manifest last."""
+    """Writes and syncs all files of a checkpoint, the manifest last."""
     partial.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in saved.adapter.items()}, partial / ADAPTER, {"format": "pt"})
-    save_file({name: tensor.clone() for name, tensor in saved.optimizer.items()}, partial / OPTIMIZER)
-    write_json(partial / "adapter_config.json", saved.adapter_config)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in saved.adapter.items()}, partial / ADAPTER, {"format": "pt"})
+    # copies, since safetensors refuses tensors that share memory
+    save_file({name: tensor.to("cpu", copy=True) for name, tensor in saved.optimizer.items()}, partial / OPTIMIZER)
+    write_json(partial / ADAPTER_CONFIG, saved.adapter_config)
     write_json(partial / STATE, saved.state)
-    files = sorted(file for file in partial.iterdir())
+    files = sorted(partial.iterdir())
     write_json(partial / MANIFEST, {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files})
     for file in [*files, partial / MANIFEST, partial]:
         sync(file)
 
 
-def rotate(run_dir: Path, keep: int, just_saved: Path) -> None:
-    """Removes all but the `keep` best by held-out loss and the newest, by step number and never by clock."""
-    checkpoints = list_checkpoints(run_dir)
-    best_first = sorted(checkpoints, key=lambda path: (eval_loss(path), path.name))
-    kept = {*best_first[:keep], *checkpoints[-1:], just_saved}
-    for path in checkpoints:
-        if path not in kept:
-            # renamed first, so that a crash half way leaves no checkpoint with files missing
-            doomed = path.rename(run_dir / f".{path.name}.removed")
-            shutil.rmtree(doomed)
-
-
 def eval_loss(path: Path) -> float:
-    """A checkpoint's held-out loss; infinite where it is not a number or cannot be read."""
+    """A checkpoint's held-out loss; infinite where the loss is not finite or cannot be read."""
     try:
         loss = json.loads((path / STATE).read_text())["eval_loss"]
     except (OSError, ValueError, KeyError):
@@ -108,10 +95,10 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in run_dir.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 
-def newest(run_dir: Path, warn: Any = print) -> Path | None:
-    """The newest checkpoint that verifies. Damaged ones are named and moved out of the way, as `.step-NNNNNNNN.damaged`;
-    what a crash left half done is cleared."""
-    for leftover in [*run_dir.glob(".step-*.partial"), *run_dir.glob(".step-*.removed")]:
+def newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint that verifies. Names damaged checkpoints in a warning, and renames them to
+    `.step-NNNNNNNN.damaged`; removes what a crash left incomplete."""
+    for leftover in run_dir.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     for path in reversed(list_checkpoints(run_dir)):
         problem = verify(path)
@@ -128,7 +115,7 @@ def best(run_dir: Path) -> Path:
     """The checkpoint with the lowest held-out loss.
 
     Raises:
-        ValueError: the run has none yet.
+        ValueError: the run has no checkpoint.
     """
     verified = [path for path in list_checkpoints(run_dir) if verify(path) is None]
     if not verified:
@@ -137,10 +124,10 @@ def best(run_dir: Path) -> Path:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
+    """Compares a checkpoint with its manifest; returns the first difference, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        missing = {STATE, ADAPTER, OPTIMIZER, "adapter_config.json"} - manifest.keys()
+        missing = {STATE, ADAPTER, OPTIMIZER, ADAPTER_CONFIG} - manifest.keys()
         if missing:
             return f"{path / MANIFEST}: does not list {', '.join(sorted(missing))}"
         for name, expected in manifest.items():
@@ -161,15 +148,9 @@ def load(path: Path) -> Saved:
     return Saved(
         state=json.loads((path / STATE).read_text()),
         adapter=load_file(path / ADAPTER),
-        adapter_config=json.loads((path / "adapter_config.json").read_text()),
+        adapter_config=json.loads((path / ADAPTER_CONFIG).read_text()),
         optimizer=load_file(path / OPTIMIZER),
     )
-
-
-def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that decide the course of the run and are not as they were, a phrase each."""
-    keys = sorted(old.keys() | new.keys())
-    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -182,7 +163,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's or directory's contents are on the disk."""
+    """Waits until the contents of a file or directory are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

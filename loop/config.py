@@ -1,4 +1,5 @@
-"""Strict YAML and key=value overrides -> frozen dataclasses. Whatever is not known, or has another type, is an error."""
+"""The settings of a run, read from YAML and key=value overrides; unknown names and wrong types are errors.
+Imports no torch, so that a typing error is reported at once."""
 
 from __future__ import annotations
 
@@ -7,27 +8,121 @@ import dataclasses
 import math
 import re
 import typing
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Iterator, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data.records import DataConfig
-from loop.checkpoint import CheckpointConfig
-from loop.evaluate import EvalConfig
-from loop.fit import TrainConfig
-from loop.ranks import DistributedConfig
-from loop.split import PipelineConfig
-from model.build import ModelConfig
-from model.lora import LoraConfig
+from model.config import LoraConfig, ModelConfig
+
+AT_LEAST = {  # the least value of a setting, and how an error names its expected values
+    "train.epochs": (1, "at least 1"), "train.rows_per_step": (1, "at least 1"),
+    "train.microbatch_tokens": (128, "at least 128"), "train.max_steps": (1, "at least 1, or null"),
+    "train.memory_trace": (1, "the number of a step from 1, or null"),
+    "train.seed": (0, "at least 0"), "train.keep_layers": (0, "at least 0"), "eval.every": (1, "at least 1 step"),
+    "eval.max_rows": (1, "at least 1 row, or null for all"), "checkpoint.every": (1, "at least 1 step"),
+    "checkpoint.keep": (1, "at least 1"), "distributed.timeout_s": (1, "at least 1 second"),
+}
+
+
+class Section:
+    """A section of the configuration, such as `train`; checks the settings that AT_LEAST names."""
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        for key, value in vars(self).items():
+            least, expected = AT_LEAST.get(f"{section}.{key}", (None, ""))
+            if least is not None and value is not None and value < least:
+                raise ValueError(f"{section}.{key} is {value}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """Length, rate, batch size and memory of the training."""
+
+    epochs: int
+    rows_per_step: int  # rows of one optimizer step, over all ranks
+    microbatch_tokens: int  # most tokens of one forward and backward pass
+    learning_rate: float  # at the end of the warmup
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = 0.03  # of all steps
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
+    recompute: bool = True  # recompute activations in the backward pass, decoder layer by decoder layer
+    keep_layers: int = 0  # layers at the end of each stage that are not recomputed; `loop.plan --fit` says how many fit
+    max_steps: int | None = None  # optimizer steps; null: as many as `epochs` take
+    seed: int = 42
+    deterministic: bool = False  # makes repeated runs on a GPU bit-equal, and slower; on the CPU they always are
+    router_stats: bool = False  # record each step how evenly every layer's routed experts were used
+    plan: bool = True  # forecast the run's memory in another process, and compare at the end
+    memory_trace: int | None = None  # optimizer step whose allocations are written as a page into the run's directory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_layers and not self.recompute:
+            raise ValueError("train.keep_layers keeps layers from being recomputed, but train.recompute is false: all are kept")
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise ValueError("train.learning_rate and train.max_grad_norm must be above 0")
+        if not 0 <= self.warmup_fraction <= 1 or self.weight_decay < 0:
+            raise ValueError("train.warmup_fraction must be from 0 to 1, train.weight_decay at least 0")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        return self.max_steps or self.epochs * steps_per_epoch
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    """When the held-out loss is computed: at step 0, every `every` steps, at checkpoints and at the end; and on which rows."""
+
+    every: int = 200  # optimizer steps
+    max_rows: int | None = None  # the first so many rows; null: all
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """When checkpoints are written, and how many are kept."""
+
+    every: int = 500  # optimizer steps
+    keep: int = 3  # checkpoints with the lowest held-out loss; the newest is always kept
+
+
+@dataclass(frozen=True)
+class DistributedConfig(Section):
+    """How ranks communicate."""
+
+    timeout_s: int = 600  # seconds after which a rank that hangs has ended the whole run
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How pipeline_train.py splits the model; train.py ignores this section."""
+
+    split: Any = "auto"  # sublayers at which the stages 1, 2, ... begin: 40 or [30, 60]; auto: one balanced stage a process
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
+
+    def __post_init__(self) -> None:
+        text = str(self.split).strip("[](), ")
+        try:
+            split = "auto" if text == "auto" else [int(cut) for cut in text.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"pipeline.split is {self.split!r}, expected sublayer numbers such as 40 or 30,60, or auto") from None
+        object.__setattr__(self, "split", split)
+
+    def num_stages(self, otherwise: int) -> int:
+        """The number of stages; `otherwise` where the split is automatic."""
+        return otherwise if self.split == "auto" else len(self.split) + 1
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. Each section is explained in the module that uses it."""
+    """All settings of a run. `data` is defined in data/records.py, `model` and `lora` in model/config.py."""
 
     run: str  # results go to checkpoints/<run>/
     model: ModelConfig
@@ -50,22 +145,21 @@ class Config:
         return Path("checkpoints") / self.run
 
 
-def parse_command_line(description: str, argv: list[str] | None = None) -> Config:
-    """`--config FILE [key=value ...]`."""
-    parser = argparse.ArgumentParser(description=description)
+def parse_command_line() -> Config:
+    """Reads train.py's arguments: `--config FILE [key=value ...]`."""
+    parser = argparse.ArgumentParser(description="Train LoRA adapters on one device or, under torchrun, on several.")
     add_config_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     return load_config(args.config, args.overrides)
 
 
-def parse_pipeline_command_line(description: str, argv: list[str] | None = None) -> Config:
-    """The same, with `--split CUTS` short for `pipeline.split=CUTS`, and a configuration by default."""
-    parser = argparse.ArgumentParser(description=description)
+def parse_pipeline_command_line() -> Config:
+    """Reads pipeline_train.py's arguments: those of train.py, and `--split CUTS` as another form of `pipeline.split=CUTS`."""
+    parser = argparse.ArgumentParser(description="Train LoRA adapters on a model split over several devices.")
     parser.add_argument("--split", metavar="CUTS", help="sublayers where stages 1, 2, ... begin: 40 | 30,60 | auto")
     add_config_arguments(parser, default="configs/35b.yaml")
-    args = parser.parse_intermixed_args(argv)
-    split = [] if args.split is None else [f"pipeline.split={args.split}"]
-    return load_config(args.config, [*args.overrides, *split])
+    args = parser.parse_intermixed_args()
+    return load_config(args.config, args.overrides + ([] if args.split is None else [f"pipeline.split={args.split}"]))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -90,27 +184,47 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"{path}: expected sections such as model: and train:, found {type(loaded).__name__}")
     if "${" in text:
         raise ValueError(f"{path}: ${{...}} is not supported: write the value itself")
-    config = OmegaConf.structured(Config)
-    config = attempt(str(path), lambda: OmegaConf.merge(config, loaded))
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
+    with errors_begin_with(path):
+        merged: Any = OmegaConf.merge(OmegaConf.structured(Config), loaded)
+    return overridden(merged, overrides or [], str(path))
+
+
+def overridden(config: Config | DictConfig, overrides: list[str], where: str = "the configuration") -> Config:
+    """Returns the configuration with some settings changed.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    merged: Any = config
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
             raise ValueError(f"{override!r}: expected key=value, such as train.learning_rate=2e-4")
-        nested: Any = convert(key, value)
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        config = attempt(override, lambda: OmegaConf.merge(config, nested))
-    result: Config = attempt(str(path), lambda: OmegaConf.to_object(config))
-    check_finite(result)
+        nested: Any = convert(name, text)
+        for key in reversed(name.split(".")):
+            nested = {key: nested}
+        with errors_begin_with(override):
+            merged = OmegaConf.merge(merged, nested)
+    with errors_begin_with(where):
+        result: Any = OmegaConf.to_object(OmegaConf.create(merged))
+    for name, value in by_name(result).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, expected a finite number")
     return result
 
 
+def by_name(config: Config) -> dict[str, Any]:
+    """The settings of all sections by their names in overrides, such as `train.seed`."""
+    return {f"{section}.{key}": value for section, settings in dataclasses.asdict(config).items()
+            if isinstance(settings, dict) for key, value in settings.items()}
+
+
 def convert(key: str, value: str) -> Any:
-    """An override's text, ready for OmegaConf: lists at commas, null as None; the rest it converts by the field's type."""
+    """Splits lists at commas and turns null into None; OmegaConf converts other texts to the type of their field."""
     kind: Any = Config
-    for part in key.split("."):
+    for name in key.split("."):
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        kind = fields.get(part)
+        kind = fields.get(name)
     if "${" in value:
         raise ValueError(f"{key}: ${{...}} is not supported: write the value itself")
     if typing.get_origin(kind) is tuple:
@@ -120,10 +234,11 @@ def convert(key: str, value: str) -> Any:
     return value
 
 
-def attempt(where: str, action: Any) -> Any:
-    """Turns what OmegaConf and the sections' own checks raise into one message that begins with its place."""
+@contextmanager
+def errors_begin_with(where: str | Path) -> Iterator[None]:
+    """Turns errors of OmegaConf and of the sections' own checks into one line that begins with a file or an override."""
     try:
-        return action()
+        yield
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{where}: {one_line(error)}") from None
 
@@ -134,15 +249,6 @@ def one_line(error: Exception) -> str:
     return "; ".join(kept).replace("full_key:", "key:")
 
 
-def check_finite(section: Any, prefix: str = "") -> None:
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if dataclasses.is_dataclass(value):
-            check_finite(value, f"{prefix}{item.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{prefix}{item.name} is {value}, expected a finite number")
-
-
 def to_yaml(config: Config) -> str:
-    """The configuration as resolved, in the order of the file."""
+    """The configuration as YAML that `load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

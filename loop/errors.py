@@ -1,44 +1,44 @@
-"""Turns what a user can mend into one line, and leaves everything else its traceback."""
+"""Runs entry points: errors that a user can correct are printed as one line, all others with their traceback.
+Imports no torch."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Callable
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
-# in what torch raises: its allocators, CUDA, cuBLAS and cuDNN, NCCL, C++
+# texts in the errors that torch raises for its allocators, CUDA, cuBLAS and cuDNN, NCCL, and C++
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "_STATUS_ALLOC_FAILED", "std::bad_alloc")
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out; the message says where, for what, and what to change (see oom.py)."""
+    """Memory is full. The message says where, for what, and what to change (see out_of_memory.py)."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of any device gave up."""
+    """Whether an allocator of any device had no memory left."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
-        return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
+        return any(text in str(error) for text in NO_MEMORY)
     return isinstance(error, MemoryError)
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs an entry point. A `ValueError` that this project raised, or a file that the system refused, is a message
-    to the user (exit status 2), and so is memory that ran out (3); set TRACEBACK=1 to see where it came from. Anything
-    else is a bug and is shown whole."""
+def run_command(main: Callable[[], object]) -> None:
+    """Runs an entry point; prints one line for errors that a user can correct, unless TRACEBACK=1 is set.
+
+    Exit status 2: a ValueError of this project, or a system error that names a file. Exit status 3: memory is full.
+    """
     try:
         main()
     except KeyboardInterrupt:
         print("\ninterrupted. The same command continues from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OutOfMemory as error:
@@ -46,7 +46,7 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(3)  # at once: what would clean up may wait for ranks that wait for this one
+        os._exit(3)  # without cleaning up, which could wait for ranks that wait for this rank
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK") or not is_for_user(error):
             raise
@@ -56,13 +56,8 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def is_for_user(error: Exception) -> bool:
-    """A ValueError raised in this project's own code, or a system error that names a file."""
+    """Whether an error is a ValueError raised in this project's own code, or a system error that names a file."""
     if isinstance(error, OSError):
         return error.filename is not None
-    frame: TracebackType | None = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    if frame is None:
-        return False
-    source = Path(frame.tb_frame.f_code.co_filename).resolve()
+    source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     return source.is_relative_to(ROOT) and ".venv" not in source.parts

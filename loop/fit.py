@@ -4,142 +4,88 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import Any, Callable, Literal
+from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batches import Batches, StepBatch
-from loop.memory import Memory, peak_gib
+from loop.config import Config
+from loop.distributed.groups import Ranks
+from loop.evaluate import evaluate
+from loop.memory.phases import Memory, peak_gib
 from loop.metrics import RunLog
 from loop.optim import learning_rate, set_learning_rate, sync_and_clip
-from loop.ranks import Ranks
+from loop.state import State, save
+from model.moe.usage import load_balance
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which the run stops
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, how fast and on how much at once the adapters are trained."""
-
-    epochs: int
-    rows_per_step: int  # rows of one optimizer step, over all ranks
-    microbatch_tokens: int  # most tokens of one forward and backward pass
-    learning_rate: float  # at the end of the warmup
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_fraction: float = 0.03  # of all steps
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
-    recompute: bool = True  # recompute activations in the backward pass, decoder layer by decoder layer
-    keep_layers: int = 0  # but keep those of the last so many layers of each stage: `loop.plan --fit` says how many fit
-    max_steps: int | None = None  # optimizer steps; null: as many as `epochs` take
-    seed: int = 42
-    deterministic: bool = False  # on GPU: bit-equal repeats, slower; the CPU always repeats
-    router_stats: bool = False  # record each step how evenly every layer's routed experts were used
-    memory_trace: int | None = None  # optimizer step whose every allocation is recorded, as a page in the run's directory
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("rows_per_step", 1), ("microbatch_tokens", 128), ("seed", 0), ("keep_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"train.{name} is {getattr(self, name)}, expected at least {least}")
-        if self.keep_layers and not self.recompute:
-            raise ValueError("train.keep_layers keeps layers from being recomputed, but train.recompute is false: all are kept")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"train.max_steps is {self.max_steps}, expected at least 1, or null")
-        if self.memory_trace is not None and self.memory_trace < 1:
-            raise ValueError(f"train.memory_trace is {self.memory_trace}, expected the number of a step from 1, or null")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise ValueError("train.learning_rate and train.max_grad_norm must be above 0")
-        if not 0 <= self.warmup_fraction <= 1 or self.weight_decay < 0:
-            raise ValueError("train.warmup_fraction must be from 0 to 1, train.weight_decay at least 0")
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        return self.max_steps or self.epochs * steps_per_epoch
-
-
 def fit(
-    config: TrainConfig,
-    done: int,
-    batches: Batches,
-    adapters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    forward_backward: Callable[[StepBatch], Tensor],
-    evaluate: Callable[[], tuple[float, dict[str, float]]],
-    save: Callable[[int, float], None],
-    eval_every: int,
-    save_every: int,
-    ranks: Ranks,
-    log: RunLog,
-    memory: Memory,
-    load_balance: Callable[[], dict[str, Any]] | None = None,
-    timings: Callable[[], dict[str, Any]] = dict,
+    config: Config, state: State, batches: Batches, held_out: Batches,
+    forward_backward: Callable[[StepBatch], Tensor], forward_only: Callable[[StepBatch], list[Tensor]],
+    ranks: Ranks, log: RunLog, memory: Memory,
 ) -> None:
-    """Trains from after step `done` to the end.
+    """Trains from after step `state.step` to the end.
 
     Args:
         forward_backward: adds the gradients of this rank's microbatches, returns their losses (see accumulate.py).
-        evaluate: held-out loss, overall and by source.
-        save: writes the checkpoint of a step and its held-out loss.
-        load_balance: how evenly experts were used in the step, by layer (see model/balance.py).
-        timings: more to record of each step (see gpipe.py).
+        forward_only: the loss of each supervised position, by microbatch (likewise).
 
     Raises:
         ValueError: loss or gradients were not finite in 5 steps in a row.
     """
-    total = config.total_steps(batches.steps_per_epoch)
-    skipped_in_a_row = 0
-    log.start(done, total)
-    if done == 0:
-        with memory.during("eval"):
-            eval_loss, by_source = evaluate()
-        log.eval(0, eval_loss, by_source, memory.marks(ranks))
-    for batch in batches.train_steps(done, total, config.seed):
+    train, num_skipped = config.train, 0
+    total = train.total_steps(batches.steps_per_epoch)
+    log.start(state.step, total)
+    if state.step == 0:
+        log.eval(0, *evaluate(held_out, config.eval.max_rows, forward_only, ranks, memory), memory.marks(ranks))
+    for batch in batches.train_steps(state.step, total, train.seed):
         started = time.perf_counter()
         step = batch.step
-        rate = learning_rate(step, total, config.learning_rate, config.warmup_fraction, config.schedule)
-        set_learning_rate(optimizer, rate)
-        torch.manual_seed(config.seed + (step * ranks.world_size + ranks.rank))  # dropout, the same after a resume
+        rate = learning_rate(step, total, train.learning_rate, train.warmup_fraction, train.schedule)
+        set_learning_rate(state.optimizer, rate)
+        torch.manual_seed(train.seed + (step * ranks.world_size + ranks.rank))  # dropout, the same after a resume
 
         with memory.step(batch):
             losses = share_losses(forward_backward(batch), batch, ranks)
             with memory.during("sync"):
-                grad_norm = sync_and_clip(adapters.values(), config.max_grad_norm, ranks).item()
+                grad_norm = sync_and_clip(state.adapters.values(), train.max_grad_norm, ranks).item()
             loss = sum(losses)
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            with memory.during("step"):
+            with memory.during("update"):
                 if finite:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                    state.optimizer.step()
+                state.optimizer.zero_grad(set_to_none=True)
 
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        if not finite:
-            log.say(f"step {step} skipped: {not_finite(losses, grad_norm, batch)}")
-        seconds = time.perf_counter() - started
-        log.step(total, {
-            "step": step, "epoch": batch.epoch, "loss": loss, "lr": rate, "grad_norm": grad_norm, "skipped": not finite,
-            "rows": batch.num_rows, "tokens": batch.num_tokens, "supervised_tokens": batch.num_supervised_tokens,
-            "microbatches": len(batch.lines_by_slot), "microbatch_length": batch.length,
-            "step_s": seconds, "tokens_per_s": batch.num_tokens / seconds, "peak_gib": peak_gib(ranks.device),
-            **timings(),
-        })
+        state.step = step
+        log.step(batch, total, loss=loss, lr=rate, grad_norm=grad_norm, skipped=not finite,
+                 step_s=time.perf_counter() - started, peak_gib=peak_gib(ranks.device))
         log.memory(step, memory.marks(ranks))
-        if load_balance is not None:
-            log.record({"step": step, "router": load_balance()})
-        if skipped_in_a_row == MAX_SKIPPED:
-            raise ValueError(
-                f"loss or gradients were not finite in {MAX_SKIPPED} steps in a row, the last at step {step}: "
-                f"{not_finite(losses, grad_norm, batch)}. Lower train.learning_rate, or look at these rows"
-            )
+        if step == train.memory_trace:
+            log.trace(step, memory, ranks)
+        if train.router_stats:
+            log.record({"step": step, "router": load_balance(state.stage.model, ranks.sum_replicas, ranks.gather_stages)})
+        num_skipped = 0 if finite else num_skipped + 1
+        if not finite:
+            skip(not_finite(losses, grad_norm, batch), num_skipped, step, log)
 
-        save_now = step % save_every == 0 or step == total
-        if save_now or step % eval_every == 0:
-            with memory.during("eval"):
-                eval_loss, by_source = evaluate()
+        save_now = step % config.checkpoint.every == 0 or step == total
+        if save_now or step % config.eval.every == 0:
+            eval_loss, by_source = evaluate(held_out, config.eval.max_rows, forward_only, ranks, memory)
             log.eval(step, eval_loss, by_source, memory.marks(ranks))
             if save_now:
-                save(step, eval_loss)
+                log.sync()  # the checkpoint relies on the metrics up to its step
+                save(config, state, eval_loss, ranks, log.say)
+
+
+def skip(reason: str, num_skipped: int, step: int, log: RunLog) -> None:
+    """Says that a step changed nothing; ends the run when it is one too many in a row."""
+    log.say(f"step {step} skipped: {reason}")
+    if num_skipped == MAX_SKIPPED:
+        raise ValueError(f"loss or gradients were not finite in {MAX_SKIPPED} steps in a row, the last at step {step}: "
+                         f"{reason}. Lower train.learning_rate, or look at these rows")
 
 
 def share_losses(losses_M: Tensor, batch: StepBatch, ranks: Ranks) -> list[float]:

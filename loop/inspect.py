@@ -1,4 +1,4 @@
-"""Shows what will be trained on, token by token, before anything is trained.
+"""Shows the rows that will be trained on, token by token, and counts them.
 
 python -m loop.inspect --config configs/4b.yaml [key=value ...] [--rows 3] [--html FILE] [--json] [--dump FILE]
 """
@@ -9,15 +9,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TextIO
 
 from data.audit import audit, coloured, html_page, table
 from data.chat import ChatFormat
-from data.tokenized import TokenizedRows, load_rows
+from data.tokenized import load_rows
 from loop.config import add_config_arguments, load_config
 from loop.errors import run_command
 from loop.run import load_tokenizer
-from model.fetch import model_directory
+from model.weights.fetch import model_directory
 
 
 def main() -> None:
@@ -34,12 +33,14 @@ def main() -> None:
     cache = config.run_dir / "data"
     splits = {split: load_rows(split, tokenizer, config.data, cache) for split in ("train", "eval")}
     report = audit(splits, ChatFormat(tokenizer, config.data.think).stop_id)
-    shown = [(splits["train"], index) for index in evenly_spaced(len(splits["train"]), args.rows)]
-
+    number = max(0, min(args.rows, len(splits["train"])))
+    shown = [(splits["train"], i * len(splits["train"]) // number) for i in range(number)]
     if args.dump:
         with open(args.dump, "w", encoding="utf-8") as file:
             for split, rows in splits.items():
-                dump(split, rows, file)
+                for index, line in enumerate(rows.lines_E.tolist()):
+                    ids, supervised = (values.tolist() for values in rows.example(index))
+                    print(json.dumps({"split": split, "line": line, "ids": ids, "supervised": supervised}), file=file)
     if args.html:
         Path(args.html).write_text(html_page(report, shown, tokenizer), encoding="utf-8")
     if args.json:
@@ -51,17 +52,6 @@ def main() -> None:
     for written in (args.dump, args.html):
         if written:
             print(f"wrote {written}", file=sys.stderr)
-
-
-def evenly_spaced(length: int, number: int) -> list[int]:
-    number = max(0, min(number, length))
-    return [i * length // number for i in range(number)]
-
-
-def dump(split: str, rows: TokenizedRows, file: TextIO) -> None:
-    for index, line in enumerate(rows.lines_E.tolist()):
-        ids, supervised = rows.example(index)
-        print(json.dumps({"split": split, "line": line, "ids": ids.tolist(), "supervised": supervised.tolist()}), file=file)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Everything a person or a machine reads about a run: console lines, progress bar, metrics.jsonl and memory.jsonl, their
-pictures, the log. Rank 0 writes; on other ranks every call does nothing."""
+"""Writes what people and programs read about a run: console lines, log, progress bars, metrics.jsonl, memory.jsonl, pictures.
+Only rank 0 writes, except the trace of a step; drawing the pictures takes 0.2 s and more as a run grows."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Iterable, TextIO
@@ -14,11 +14,17 @@ from typing import Any, Iterable, TextIO
 import torch
 from tqdm import tqdm
 
-from loop.memory import peak_gib
+from data.batches import StepBatch
+from loop.distributed.groups import Ranks
+from loop.memory.phases import Memory, peak_gib
+from loop.memory.trace import write_page, write_snapshot
+
+DRAW_EVERY_S = 30
+METRICS_FILE, MEMORY_FILE = "metrics.jsonl", "memory.jsonl"
 
 
 class LoadingBar(tqdm):
-    """How much of the weights was read, how fast, and the peak memory so far."""
+    """Shows how much of the weights was read, how fast, and the peak memory so far."""
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         super().__init__(desc="loading", unit="B", unit_scale=True, disable=None if enabled else True, leave=False)
@@ -34,19 +40,22 @@ class RunLog:
     """Writes one run's lines and files.
 
     Args:
-        run_dir: where metrics.jsonl, memory.jsonl, curves.png and memory.png go.
-        log_path: the console's lines with time stamps, appended.
+        run_dir: where metrics.jsonl, memory.jsonl, curves.png and memory.png are written.
+        log_path: a file to which the console's lines are appended with time stamps.
+        device: this rank's.
         enabled: False on every rank but 0.
     """
 
-    def __init__(self, run_dir: Path, log_path: str, enabled: bool) -> None:
+    def __init__(self, run_dir: Path, log_path: str, device: torch.device, enabled: bool) -> None:
         self.run_dir, self.enabled = run_dir, enabled
         self.bar: tqdm | None = None
-        self.metrics: TextIO | None = None
-        self.memory_file: TextIO | None = None
-        self.memory_kind, self.planned_gib = "memory", list[float]()
+        self.files: dict[str, TextIO] = {}  # by name; open from `start` on
+        self.memory_kind = "allocated" if device.type == "cuda" else "resident"
+        self.planned_gib: list[float] = []  # peak by rank; empty while it is not known
+        self.drawn_at = time.monotonic()
+        self.outdated = False  # whether the pictures lack a record
+        self.can_draw = True
         self.log_file: TextIO | None = None
-        self.no_curves = False
         if enabled:
             try:
                 self.log_file = open(log_path, "a", encoding="utf-8")
@@ -54,7 +63,7 @@ class RunLog:
                 self.say(f"no log is written: {log_path}: {error.strerror}. Choose another place with log=FILE")
 
     def say(self, line: str) -> None:
-        """One line for the person at the console."""
+        """Prints one line, and appends the line to the log."""
         if not self.enabled:
             return
         tqdm.write(line, file=sys.stdout)
@@ -63,95 +72,111 @@ class RunLog:
             try:
                 self.log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
                 self.log_file.flush()
-            except OSError as error:  # training is worth more than its log
+            except OSError as error:  # a full disk must not end the training
                 failed, self.log_file = self.log_file.name, None
                 self.say(f"the log ends here: {failed}: {error.strerror}")
 
-    def plan(self, planned_gib: list[float], device: torch.device) -> None:
-        """The peak that each rank is to have, for memory.png; not on the CPU, where what is drawn is another quantity."""
-        on_gpu = device.type == "cuda"
-        self.memory_kind, self.planned_gib = ("allocated", planned_gib) if on_gpu else ("resident", [])
+    def planned(self, line: str, planned_gib: list[float]) -> None:
+        """Takes the plan of memory when it arrives: one line, and the peak of each rank."""
+        self.say(line)
+        if self.memory_kind == "allocated":  # the plan counts tensors, but on the CPU memory.png shows the resident size
+            self.planned_gib = planned_gib
 
     def start(self, done: int, total: int) -> None:
-        """Opens metrics.jsonl and memory.jsonl, cut back to the step the run continues from, and the progress bar."""
+        """Opens the progress bar, metrics.jsonl and memory.jsonl, from which the lines after step `done` are removed."""
         if self.enabled:
-            self.metrics = open_cut_back(self.run_dir / "metrics.jsonl", done)
-            self.memory_file = open_cut_back(self.run_dir / "memory.jsonl", done)
+            self.files = {name: open_cut_back(self.run_dir / name, done) for name in (METRICS_FILE, MEMORY_FILE)}
             self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
 
-    def record(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; numbers are not rounded, and null where they are not finite."""
-        if self.metrics:
-            self.metrics.write(json.dumps(finite(values)) + "\n")
-            self.metrics.flush()
+    def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        if name in self.files:
+            self.files[name].writelines(json.dumps(record) + "\n" for record in records)
+            self.files[name].flush()
 
-    def step(self, total: int, values: dict[str, Any]) -> None:
-        """One optimizer step."""
-        self.record(values)
-        self.say(
-            f"step {values['step']}/{total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-            f"grad norm {values['grad_norm']:.3f}  {values['tokens_per_s']:,.0f} tokens/s  {values['peak_gib']:.2f} GiB"
-        )
+    def record(self, values: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl; numbers are not rounded, and are null where they are not finite."""
+        self.append(METRICS_FILE, [json.loads(json.dumps(values), parse_constant=lambda _: None)])
+        self.outdated = METRICS_FILE in self.files
+
+    def step(
+        self, batch: StepBatch, total: int, *, loss: float, lr: float, grad_norm: float, skipped: bool, step_s: float,
+        peak_gib: float,
+    ) -> None:
+        """Records one optimizer step."""
+        self.record({
+            "step": batch.step, "epoch": batch.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm, "skipped": skipped,
+            "rows": batch.num_rows, "tokens": batch.num_tokens, "supervised_tokens": batch.num_supervised_tokens,
+            "microbatches": len(batch.lines_by_slot), "microbatch_length": batch.length,
+            "step_s": step_s, "tokens_per_s": batch.num_tokens / step_s, "peak_gib": peak_gib,
+        })
+        self.say(f"step {batch.step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
+                 f"{batch.num_tokens / step_s:,.0f} tokens/s  {peak_gib:.2f} GiB")
         if self.bar is not None:
             self.bar.update(1)
 
     def memory(self, step: int, marks: Iterable[dict[str, dict[str, float]]]) -> None:
-        """One line of memory.jsonl a rank: what it had in each phase since its line before (see `Memory.marks`).
+        """Appends one line a rank to memory.jsonl: the memory in each phase since the rank's last line (see `Memory.marks`).
 
-        An evaluation has a line of its own. What building and loading took stands in the first line after a start.
+        An evaluation has lines of its own. The first lines after a start also have the memory of building and loading.
         """
-        if self.memory_file:
-            self.memory_file.writelines(
-                json.dumps({"step": step, "rank": rank, **by_phase}) + "\n" for rank, by_phase in enumerate(marks))
-            self.memory_file.flush()
+        self.append(MEMORY_FILE, ({"step": step, "rank": rank, **by_phase} for rank, by_phase in enumerate(marks)))
 
     def eval(
         self, step: int, loss: float, by_source: dict[str, float], marks: Iterable[dict[str, dict[str, float]]] = ()
     ) -> None:
-        """One evaluation, and what memory it took; also refreshes the pictures."""
+        """Records one evaluation and its memory, and draws the pictures if they are older than 30 s."""
         self.memory(step, marks)
         self.record({"step": step, "eval_loss": loss, "eval_loss_by_source": by_source})
         sources = "" if len(by_source) < 2 else "  " + "  ".join(f"{name} {value:.4f}" for name, value in by_source.items())
         self.say(f"step {step}  eval loss {loss:.4f}{sources}")
-        if self.enabled:
+        if time.monotonic() - self.drawn_at > DRAW_EVERY_S:
             self.draw_pictures()
 
     def draw_pictures(self) -> None:
+        """Draws curves.png and memory.png, unless nothing was recorded since they were drawn last."""
+        if not (self.outdated and self.can_draw):
+            return
+        self.drawn_at, self.outdated = time.monotonic(), False
+        name = self.run_dir.name
         try:
             from loop.curves import draw_curves, draw_memory
+
+            draw_curves(read_metrics(self.run_dir / METRICS_FILE), self.run_dir / "curves.png", name)
+            memory = read_metrics(self.run_dir / MEMORY_FILE)
+            draw_memory(memory, self.run_dir / "memory.png", name, self.memory_kind, self.planned_gib)
         except ImportError:
-            if not self.no_curves:
-                self.say("curves.png and memory.png are not drawn: matplotlib is missing (pip install matplotlib)")
-            self.no_curves = True
-            return
-        name, metrics, memory = self.run_dir.name, self.run_dir / "metrics.jsonl", self.run_dir / "memory.jsonl"
-        try:
-            draw_curves(read_metrics(metrics), self.run_dir / "curves.png", name)
-            draw_memory(read_metrics(memory), self.run_dir / "memory.png", name, self.memory_kind, self.planned_gib)
+            self.can_draw = False
+            self.say("curves.png and memory.png are not drawn: matplotlib is missing (pip install matplotlib)")
         except OSError as error:
             self.say(f"{self.run_dir}: the pictures are not drawn: {error.strerror}")
 
     def sync(self) -> None:
-        """Puts metrics.jsonl and memory.jsonl on the disk, before a checkpoint that relies on them."""
-        for file in (self.metrics, self.memory_file):
-            if file:
-                os.fsync(file.fileno())
+        """Waits until metrics.jsonl and memory.jsonl are on the disk: a checkpoint relies on the lines up to its step."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+
+    def trace(self, step: int, memory: Memory, ranks: Ranks) -> None:
+        """Writes the page of every allocation of a step, on every rank; on CUDA also the allocator's own record."""
+        assert memory.traced is not None
+        path = self.run_dir / f"memory-step-{step}-rank-{ranks.rank}.html"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_page(memory.traced, path, f"{self.run_dir.name}, step {step}, rank {ranks.rank}")
+            write_snapshot(path.with_suffix(".pickle"))
+            self.say(f"every allocation of this step: {path}")
+        except OSError as error:  # a full disk must not end the training
+            self.say(f"{path} is not written: {error.strerror}")
+        memory.traced = None
 
     def close(self) -> None:
-        for closing in (self.bar, self.metrics, self.memory_file, self.log_file):
+        self.draw_pictures()
+        for closing in (self.bar, *self.files.values(), self.log_file):
             if closing is not None:
                 closing.close()
 
 
-def finite(value: Any) -> Any:
-    """The same with null for what JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl or memory.jsonl; a last line that a crash cut short is left out."""
+    """Reads metrics.jsonl or memory.jsonl; ignores a last line that a crash cut short."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -161,15 +186,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`; a run from step 0 starts with an empty file."""
-    kept = [record for record in read_metrics(path) if 0 < step >= record["step"]] if path.exists() else []
+def open_cut_back(path: Path, step: int) -> TextIO:
+    """Opens a file for further lines; keeps its lines up to `step`, and none for a run from step 0."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step] if step and path.exists() else []
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     partial.replace(path)
-
-
-def open_cut_back(path: Path, step: int) -> TextIO:
-    """The same, open for the lines to come."""
-    cut_back(path, step)
     return open(path, "a", encoding="utf-8")

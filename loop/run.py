@@ -1,45 +1,55 @@
-"""What both entry points do around the loop: the run's directory, its data, resuming and saving."""
+"""What both entry points do before and after training: ranks, the run's directory, its rows, this rank's model.
+Costs the model's weights, its adapters and their optimizer states, and 5 bytes a token of the rows."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, TextIO
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
+from data.batches import Batches
 from data.tokenized import TokenizedRows, load_rows
-from loop import checkpoint
-from loop.config import Config, to_yaml
-from loop.metrics import RunLog
-from loop.optim import load_optimizer, optimizer_tensors
-from loop.ranks import Ranks
-from model.lora import peft_config, to_peft_name
+from loop.config import Config
+from loop.distributed.groups import Ranks
+from loop.memory.phases import Memory
+from loop.metrics import LoadingBar, RunLog
+from loop.optim import make_optimizer
+from loop.planned import Plan, measured_gib
+from loop.state import State, course
+from model.build import build_empty
+from model.moe.usage import start_counting
+from model.weights.fetch import model_directory
 
 LOCK = ".lock"
-LOCKS: dict[Path, TextIO] = {}  # directories this process has taken, until it ends
+LOCKS: dict[Path, TextIO] = {}  # by the directory that this process has locked; kept open until the process ends
 
-# settings that may change in the middle of a run without changing what it computes (beyond rounding, at dropout 0)
-FREE = ("train.microbatch_tokens", "train.recompute", "train.keep_layers", "train.deterministic", "train.router_stats",
-        "train.memory_trace", "data.train", "data.eval")
+
+def start(config: Config, num_stages: int = 1) -> tuple[Ranks, Path, RunLog]:
+    """Connects the ranks, finds the model's directory and opens the log, in which only rank 0 writes."""
+    ranks = Ranks.from_launcher(deterministic=config.train.deterministic, num_stages=num_stages)
+    model_dir = model_directory(config.model.path, quiet=ranks.local_rank != 0)
+    ranks.connect(config.distributed.timeout_s)
+    return ranks, model_dir, RunLog(config.run_dir, config.log, ranks.device, enabled=ranks.is_main)
 
 
 def prepare_directory(config: Config, say: Callable[[str], None]) -> None:
-    """Makes the run's directory and takes it for this process; under `resume: never` an earlier run of that name is
-    moved aside, never deleted.
+    """Makes the run's directory and locks it for this process; `resume: never` moves an earlier run of that name aside.
 
     Raises:
-        ValueError: another process trains there, or it cannot be written.
+        ValueError: another process trains in the directory, or the directory cannot be written.
     """
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        take_lock(run_dir)
+        if run_dir.resolve() not in LOCKS:
+            lock = open(run_dir / LOCK, "a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases the lock when the process ends
+            LOCKS[run_dir.resolve()] = lock
+    except BlockingIOError:
+        raise ValueError(f"{run_dir}: another process trains there. Wait for it, or choose another run=NAME") from None
     except OSError as error:
         raise ValueError(
             f"{error.filename or run_dir}: {error.strerror}. Results go to checkpoints/<run>/ below the current directory, "
@@ -49,30 +59,17 @@ def prepare_directory(config: Config, say: Callable[[str], None]) -> None:
         number = 1
         while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
             number += 1
-        run_dir.rename(aside)
+        run_dir.rename(aside)  # whole, in one step, and its lock with it
         say(f"resume=never: the earlier run is now {aside}")
-        run_dir.mkdir()
         del LOCKS[run_dir.resolve()]
-        take_lock(run_dir)
-
-
-def take_lock(run_dir: Path) -> None:
-    """Keeps other processes out of a run's directory; the system gives the lock back however this one ends."""
-    if run_dir.resolve() in LOCKS:
-        return
-    lock = open(run_dir / LOCK, "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{run_dir}: another process trains there. Wait for it, or choose another run=NAME") from None
-    LOCKS[run_dir.resolve()] = lock
+        prepare_directory(config, say)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The model's own tokenizer.
+    """Reads the model's tokenizer.
 
     Raises:
-        ValueError: it is missing or not a fast one.
+        ValueError: the tokenizer is missing or is not a fast one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
@@ -83,109 +80,49 @@ def load_tokenizer(model_dir: Path) -> Any:
     return tokenizer
 
 
-def load_splits(config: Config, model_dir: Path, ranks: Ranks) -> tuple[TokenizedRows, TokenizedRows]:
-    """Training and held-out rows, tokenized by rank 0 and sent to the others, which need neither files nor tokenizer."""
+def load_batches(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Batches, Batches]:
+    """This rank's share of each step, of the training rows and of the held-out rows. Only rank 0 reads and tokenizes."""
 
-    def prepare() -> list[TokenizedRows]:
+    def prepare() -> list[dict[str, Tensor]]:
         tokenizer = load_tokenizer(model_dir)
         cache = config.run_dir / "data"
-        return [load_rows(split, tokenizer, config.data, cache) for split in ("train", "eval")]
+        return [load_rows(split, tokenizer, config.data, cache).to_tensors() for split in ("train", "eval")]
 
     prepared = ranks.on_main(prepare)
-    sent = [rows.to_tensors() for rows in prepared] if prepared else [None, None]
-    train, held_out = (TokenizedRows.from_tensors(ranks.broadcast_tensors(tensors)) for tensors in sent)
-    return train, held_out
+    train, held_out = [TokenizedRows.from_tensors(ranks.broadcast_tensors(tensors)) for tensors in prepared or (None, None)]
+    shares = (config.train.rows_per_step, config.train.microbatch_tokens, ranks.replica, ranks.num_replicas)
+    return Batches(train, *shares), Batches(held_out, *shares)
 
 
-def course(config: Config, train_rows: TokenizedRows, eval_rows: TokenizedRows) -> dict[str, Any]:
-    """All that decides the run's course and what its losses mean: a resumed run must agree in it."""
-    settings: dict[str, Any] = {"eval.max_rows": config.eval.max_rows}
-    for name, rows in (("training rows", train_rows), ("held-out rows", eval_rows)):
-        digest = hashlib.sha256(rows.ids_N.numpy().tobytes())
-        digest.update(rows.supervised_N.numpy().tobytes())
-        settings[name] = digest.hexdigest()[:16]
-    for section in ("model", "lora", "train", "data"):
-        settings |= {f"{section}.{key}": value for key, value in asdict(getattr(config, section)).items()}
-    return {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in FREE}
+def load_state(config: Config, model_dir: Path, batches: Batches, held_out: Batches, ranks: Ranks, memory: Memory) -> State:
+    """Builds this rank's stage of the model, reads its weights, and makes the optimizer of its adapters."""
+    with memory.during("build"):
+        stage, weights = build_empty(
+            model_dir, config.model.base, config.lora, seed=config.train.seed, device=ranks.device,
+            recompute=config.train.recompute, keep_layers=config.train.keep_layers, first=ranks.first, stop=ranks.stop,
+        )
+    memory.attach(stage.model)
+    with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
+        weights.load(model_dir, bar.advance)
+    if config.train.router_stats:
+        start_counting(stage.model)
+    adapters = stage.adapters()
+    optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
+    memory.attach(stage.model, adapters.values(), optimizer)
+    return State(stage, adapters, optimizer, course(config, batches.rows, held_out.rows))
 
 
-def resume(
-    config: Config, settings: dict[str, Any], adapters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-    ranks: Ranks, say: Callable[[str], None],
-) -> int:
-    """Puts adapters and optimizer back as the newest verified checkpoint has them, on every rank.
-
-    Returns:
-        The step it was saved at; 0 where there is none.
-
-    Raises:
-        ValueError: the settings that decide the run's course are not the checkpoint's (`resume: auto`).
-    """
-
-    def read() -> dict[str, Tensor]:
-        path = checkpoint.newest(config.run_dir, say)
-        if path is None:
-            return {"step": torch.tensor(0)}
-        saved = checkpoint.load(path)
-        changed = checkpoint.changed_settings(saved.state["settings"], settings)
-        if changed and config.resume != "force":
-            raise ValueError(
-                f"{path} was trained with other settings: {'; '.join(changed)}. Put them back, choose another run=NAME, "
-                "start anew with resume=never, or continue all the same with resume=force"
-            )
-        say(f"continuing from {path}" + (f" with changed settings: {'; '.join(changed)}" if changed else ""))
-        tensors = {f"adapter/{name}": tensor for name, tensor in saved.adapter.items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in saved.optimizer.items()}
-        return tensors | {"step": torch.tensor(saved.state["step"])}
-
-    tensors = ranks.broadcast_tensors(ranks.on_main(read))
-    step = int(tensors.pop("step"))
-    if step:
-        load_adapters(adapters, part(tensors, "adapter/"))
-        load_optimizer(optimizer, adapters, part(tensors, "optimizer/"))
-    if ranks.is_main:
-        (config.run_dir / "config.yaml").write_text(to_yaml(config))
-    return step
+def headline(batches: Batches, state: State, ranks: Ranks) -> str:
+    """The size of the run, in one line."""
+    num_trained = sum(parameter.numel() for parameter in state.adapters.values())
+    of_stage = f" in stage 0 of {ranks.num_stages}" if ranks.num_stages > 1 else ""
+    return (f"{batches.num_rows:,} rows, {batches.steps_per_epoch:,} steps an epoch, {num_trained:,} trained "
+            f"parameters{of_stage}, {ranks.world_size} rank(s) on {ranks.device.type}")
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-@torch.no_grad()
-def load_adapters(adapters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Copies a checkpoint's adapters (peft's names) into this rank's; others' in `saved` are passed over.
-
-    Raises:
-        ValueError: one of this rank's is missing or has another shape.
-    """
-    for name, parameter in adapters.items():
-        tensor = saved.get(to_peft_name(name))
-        if tensor is None or tensor.shape != parameter.shape:
-            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise ValueError(f"the checkpoint does not fit: {to_peft_name(name)} {found}, expected {tuple(parameter.shape)}")
-        parameter.copy_(tensor)
-
-
-def save(
-    config: Config, step: int, eval_loss: float, settings: dict[str, Any], adapters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer, ranks: Ranks, log: RunLog,
-) -> None:
-    """Writes one checkpoint on rank 0, to which other stages send what they hold; all ranks call it."""
-    tensors = {f"adapter/{to_peft_name(name)}": parameter.detach() for name, parameter in adapters.items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(optimizer, adapters).items()}
-    tensors = ranks.gather_stages(tensors)
-    if not ranks.is_main:
-        return
-    log.sync()
-    path = checkpoint.save(
-        config.run_dir,
-        checkpoint.Saved(
-            state={"step": step, "eval_loss": eval_loss, "settings": settings},
-            adapter={name: tensor.cpu() for name, tensor in part(tensors, "adapter/").items()},
-            adapter_config=peft_config(config.lora, config.model.path),
-            optimizer={name: tensor.cpu() for name, tensor in part(tensors, "optimizer/").items()},
-        ),
-        config.checkpoint.keep,
-    )
-    log.say(f"saved {path}")
+def finish(config: Config, plan: Plan, memory: Memory, log: RunLog, ranks: Ranks) -> None:
+    """Prints the planned and the measured peak of memory and the run's directory, then disconnects the ranks."""
+    log.say(plan.comparison(measured_gib(memory.most_bytes, ranks)))
+    log.say(f"finished: {config.run_dir}")
+    log.close()
+    ranks.disconnect()

@@ -2,5 +2,5 @@
 
 import logging
 
-# bitsandbytes advises on import to install a CPU kernel for a forward pass that is not used here
+# on import bitsandbytes recommends a CPU kernel for its own forward pass, which this project does not use
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,5 +1,5 @@
-"""Builds the model of one rank: meta skeleton -> this stage's modules -> quantized shells -> stream weights -> adapters.
-Peaks at the quantized model plus a few slices of it; nothing is materialized in full precision first."""
+"""Builds one rank's model: meta skeleton -> its stage's modules -> empty quantized modules -> adapters -> streamed weights.
+Peaks at the quantized model plus a few slices of the checkpoint; the model never exists in full precision."""
 
 from __future__ import annotations
 
@@ -7,56 +7,47 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.delta_rule import use_reference_on_cpu
-from model.experts import FrozenExperts
-from model.fused import fuse
-from model.lora import LoraConfig, add_adapters, check_targets
+from model.config import LoraConfig
+from model.lora import add_adapters, check_targets
 from model.mixers import PACKED
+from model.moe.experts import FrozenExperts
+from model.ops.fused import fuse
 from model.quant import LINEARS, FrozenLinear
-from model.shards import Checkpoint, Experts, Weight, stream, verify_manifest, wanted_bytes
 from model.stages import Stage
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which weights, and how they are stored while they train."""
-
-    path: str  # a directory, or a repository on the Hugging Face hub
-    base: Literal["int8", "nf4", "bf16", "float32"]  # storage of the frozen linears; float32 also computes in float32
-
+from model.weights.shards import Checkpoint, Experts, Weight, stream, verify_manifest, wanted_bytes
 
 SUPPORTED = ("llama", "qwen3", "qwen3_5_moe_text")  # model_type of the text model
-NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads")  # in config.json
-# linears with a handful of outputs, which gate what others compute: they stay as they are, and are not adapted
+NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads")  # of config.json
+# linears with one output, or one a head, that gate other modules: neither quantized nor adapted
 GATES = ("in_proj_a", "in_proj_b", "shared_expert_gate")
-FEED_FORWARD = ("post_attention_layernorm", "mlp")  # of a layer's second sublayer; its other modules are the first's
+FEED_FORWARD = ("post_attention_layernorm", "mlp")  # modules of a layer's second sublayer; all others belong to the first
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a stage that was just built still lacks: its weights, and where they go."""
+    """The weights that a newly built stage still has to load, and where each of them goes."""
 
     wanted: list[Weight | Experts]
-    all_names: set[str]  # of the whole model
-    tied: bool
+    all_names: set[str]  # parameters of the whole model
+    tied: bool  # whether head and embedding are the same tensor
 
     def load(self, model_dir: Path, progress: Callable[[int, int], object] | None = None) -> None:
-        """Streams them from the safetensors files.
+        """Streams the weights from the safetensors files into the stage.
 
         Args:
-            progress: called with the bytes of each slice once it is read, and with the bytes of all of them.
+            progress: called after each slice with the bytes of this slice and the bytes of all slices.
 
         Raises:
-            CheckpointError: a `ValueError`; the checkpoint does not fit its config.json.
+            CheckpointError: the checkpoint does not fit its config.json; a `ValueError`.
         """
         checkpoint = Checkpoint(model_dir)
-        verify_manifest(model_dir)  # where there is one: costs one more read of the files
+        verify_manifest(model_dir)  # only if there is a manifest; reads the files once more
         total = wanted_bytes(checkpoint, self.wanted)
         stream(
             checkpoint, self.wanted, all_names=self.all_names, tied=self.tied,
@@ -78,18 +69,18 @@ def build_empty(
     model_dir: Path, base: str, lora: LoraConfig, *, seed: int, device: torch.device, recompute: bool,
     keep_layers: int = 0, first: int = 0, stop: int | None = None,
 ) -> tuple[Stage, Weights]:
-    """Builds the model, or one stage of it, on one device, and says which weights it is to be given.
+    """Builds the model, or one stage of it, on one device; returns the stage and the weights it still has to load.
 
     Args:
         model_dir: config.json and safetensors files.
         base: a key of `quant.LINEARS`.
-        seed: decides the adapters' first values.
+        seed: of the adapters' initial values.
         recompute, keep_layers: see stages.py.
-        first, stop: the sublayers of the stage (see stages.py), all by default. Nothing else is built or read; where
-            embedding and head are tied, and on different stages, each has its own.
+        first, stop: the stage's sublayers (see stages.py), all by default. No other sublayer is built or read. If
+            embedding and head are tied but on different stages, each stage has its own copy.
 
     Raises:
-        ValueError: an unsupported architecture, or an unknown LoRA target.
+        ValueError: an unsupported architecture, an unknown LoRA target, or more keep_layers than the stage has layers.
     """
     model = skeleton(model_dir, base)
     check_targets(lora, linear_names(model), has_experts=bool(expert_names(model)))
@@ -106,8 +97,6 @@ def build_empty(
     wanted += materialize_rest(model, device)
     add_adapters(model, lora, seed, device)
     fuse(model)
-    if device.type == "cpu":
-        use_reference_on_cpu(model)
     weights = Weights(wanted, all_names, model.config.tie_word_embeddings)
     return Stage(model, first, stop, recompute, keep_layers).train(), weights
 
@@ -126,10 +115,10 @@ def skeleton(model_dir: Path, base: str) -> Any:
 
 
 def text_config(model_dir: Path) -> Any:
-    """The text model's configuration, from a directory or from the file itself.
+    """The text model's configuration, from a model directory or from a config.json.
 
     Raises:
-        ValueError: as `skeleton`.
+        ValueError: as in `skeleton`.
     """
     file = model_dir / "config.json" if model_dir.suffix != ".json" else model_dir
     if not file.is_file():
@@ -154,18 +143,18 @@ def text_config(model_dir: Path) -> Any:
 
 
 def linear_names(model: Any) -> list[str]:
-    """The linears that are quantized, and adapted where they are targets."""
+    """The names of all linears that are quantized; LoRA targets are chosen among them."""
     return [name for name, module in model.model.named_modules(prefix="model")
             if isinstance(module, nn.Linear) and not name.endswith(GATES)]
 
 
 def expert_names(model: Any) -> list[str]:
-    """The modules that hold the routed experts of a layer."""
+    """The names of the modules that hold a layer's routed experts."""
     return [name for name, _ in model.model.named_modules(prefix="model") if name.endswith(".mlp.experts")]
 
 
 def drop_others(model: Any, first: int, stop: int) -> None:
-    """Removes all modules but those of sublayers `first` to `stop`; the others keep their names."""
+    """Removes the modules of all sublayers except `first` to `stop`; the remaining modules keep their names."""
     for number, layer in enumerate(model.model.layers):
         for name, _ in list(layer.named_children()):
             if not first <= 2 * number + (name in FEED_FORWARD) < stop:
@@ -177,7 +166,7 @@ def drop_others(model: Any, first: int, stop: int) -> None:
 
 
 def swap_linear(model: nn.Module, name: str, base: str, dtype: torch.dtype, device: torch.device) -> list[Weight]:
-    """Replaces one `nn.Linear` by an empty frozen one, and says where its tensors go."""
+    """Replaces one `nn.Linear` by an empty frozen one; returns the weights to load into it."""
     parent, _, last = name.rpartition(".")
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
@@ -191,7 +180,7 @@ def swap_linear(model: nn.Module, name: str, base: str, dtype: torch.dtype, devi
 
 
 def swap_experts(model: Any, name: str, base: str, dtype: torch.dtype, device: torch.device) -> Experts:
-    """Replaces the routed experts of one layer by empty frozen ones, and says where their tensors go."""
+    """Replaces the routed experts of one layer by empty frozen ones; returns the weights to load into them."""
     config = model.config
     if config.hidden_act != "silu":
         raise ValueError(f"config.json: hidden_act is {config.hidden_act!r}, expected 'silu' for routed experts")
@@ -203,7 +192,7 @@ def swap_experts(model: Any, name: str, base: str, dtype: torch.dtype, device: t
 
 
 def materialize_rest(model: Any, device: torch.device) -> list[Weight]:
-    """Gives every remaining parameter its memory, frozen: embeddings, norms, gates, head; tied ones stay one tensor."""
+    """Allocates all other parameters, frozen: embedding, norms, gates, head; tied embedding and head stay one tensor."""
     wanted = []
     tied = model.config.tie_word_embeddings
     for name, parameter in list(model.named_parameters()):

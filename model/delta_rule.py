@@ -1,14 +1,15 @@
-"""The gated delta rule over a packed stream, each row by itself: a causal convolution, then a recurrent state.
-Costs what transformers' module costs where flash-linear-attention is; elsewhere keeps q, k and v after the convolution,
-the gate, and the outputs of rule and norm, of a third more positions at most, as batches are padded."""
+"""The gated delta rule over a packed stream, each row separately: a causal convolution, then a recurrent state.
+With flash-linear-attention the rule takes the memory of transformers' module. Without, the backward pass keeps q, k and v after
+the convolution, the gate, and the outputs of rule and norm; padding makes each of these up to a third larger."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from model.devices import on_gpu
-from model.gated_delta import CHUNK, gated_delta_rule
 from model.mixers import GAP, Segments
+from model.ops.gated_delta import CHUNK, gated_delta_rule
 
 # T tokens of the stream, D hidden size, R segments, X positions of the stream with gaps; of a padded batch: B rows,
 # L positions, C channels of queries, keys and values side by side, H value heads, V their size, W width of the convolution
@@ -27,22 +27,22 @@ PADDED_SHARE = 0.75  # no segment of a padded batch is shorter than this share o
 
 
 def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
-    """transformers' gated delta rule, each segment to itself: [1, T, D].
+    """transformers' gated delta rule, applied to each segment separately: [1, T, D].
 
-    On CUDA with flash-linear-attention in one run of transformers' module over the stream, else in padded batches of
-    segments, by this project's own kernels.
+    On CUDA with flash-linear-attention transformers' module runs once over the whole stream. Otherwise this project's
+    own functions run over padded batches of segments.
     """
-    if on_gpu(x_1TD) and has_delta_kernels():
+    if x_1TD.is_cuda and has_delta_kernels():
         return delta_rule_with_gaps(module, x_1TD, segments)
     return delta_rule_in_batches(module, x_1TD, segments)
 
 
 def delta_rule_with_gaps(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
-    """One run over the stream, with zeros behind each segment.
+    """Runs transformers' module once over the stream, with GAP zeros behind each segment.
 
-    The kernel keeps the recurrent state of segments apart, but not every convolution that transformers may choose
-    does. So each segment, as the kernel sees it, ends in zeros, as many as the convolution looks back or more: to the
-    next segment's convolution they are what padding would be, and what they get themselves is dropped.
+    The kernel starts a new recurrent state at each segment, but some convolutions that transformers may choose look
+    back into the segment before. The convolution looks back at most GAP positions, so at the head of a segment it sees
+    zeros, as it would see padding. The outputs at the zeros are dropped.
     """
     assert module.conv_kernel_size <= GAP + 1
     place_T, cu_seqlens_R1 = segments.with_gaps
@@ -52,7 +52,7 @@ def delta_rule_with_gaps(module: Any, x_1TD: Tensor, segments: Segments) -> Tens
 
 
 def delta_rule_in_batches(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
-    """Right-padded batches of segments of similar length; what pads a row comes after it, and nothing looks ahead."""
+    """Runs over batches of segments of similar length. Padding follows a row, and no position looks ahead to it."""
     x_RD = x_1TD[0].split(segments.lengths)
     outputs: list[Tensor] = list(x_RD)
     for batch in similar(segments.lengths):
@@ -63,7 +63,7 @@ def delta_rule_in_batches(module: Any, x_1TD: Tensor, segments: Segments) -> Ten
 
 
 def padded_delta_rule(module: Any, x_BLD: Tensor) -> Tensor:
-    """What transformers' module computes from its linears, its norm and its parameters, with lean backward passes."""
+    """The output of transformers' module, computed with its parameters, but with less kept for the backward pass."""
     assert module.activation == "silu" and module.conv1d.bias is None
     qkv_BLC = CausalConvolution.apply(module.in_proj_qkv(x_BLD), module.conv1d.weight)
     z_BLHV = module.in_proj_z(x_BLD).unflatten(2, (module.num_v_heads, module.head_v_dim))
@@ -74,7 +74,7 @@ def padded_delta_rule(module: Any, x_BLD: Tensor) -> Tensor:
 
 
 class CausalConvolution(torch.autograd.Function):
-    """Each channel by itself, with a frozen weight, looking back. Keeps nothing, where torch keeps its input."""
+    """Convolves each channel with its own frozen weight, looking back only. Does not keep its input, as torch would."""
 
     @staticmethod
     def forward(ctx: Any, x_BLC: Tensor, weight_C1W: Tensor) -> Tensor:
@@ -89,13 +89,13 @@ class CausalConvolution(torch.autograd.Function):
 
 
 def convolve(x_BLC: Tensor, weight_C1W: Tensor) -> Tensor:
-    """With as many positions more as the weight looks back: [B, L + W - 1, C]."""
+    """Convolves each channel after padding both ends with W - 1 zeros: [B, L + W - 1, C]."""
     num_channels, _, width = weight_C1W.shape
     return F.conv1d(x_BLC.transpose(1, 2), weight_C1W, padding=width - 1, groups=num_channels).transpose(1, 2)
 
 
 def similar(lengths: tuple[int, ...]) -> list[list[int]]:
-    """The numbers of the segments, in batches of similar length: at most a third of the positions is padding."""
+    """The segments' numbers in batches of similar length, which padding makes at most a third larger."""
     batches: list[list[int]] = []
     for r in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
         if not batches or lengths[r] < PADDED_SHARE * lengths[batches[-1][0]]:
@@ -105,26 +105,31 @@ def similar(lengths: tuple[int, ...]) -> list[list[int]]:
 
 
 def padded_positions(lengths: tuple[int, ...]) -> int:
-    """Positions of all these batches together, padded as the rule pads them: to whole chunks."""
+    """The number of positions of all batches of `similar`, each row padded to whole chunks as in the rule."""
     return sum(len(batch) * -(-max(lengths[r] for r in batch) // CHUNK) * CHUNK for batch in similar(lengths))
 
 
 @cache
 def has_delta_kernels() -> bool:
-    """Whether flash-linear-attention can be imported, which transformers then uses too."""
+    """Whether flash-linear-attention can be imported; if so, transformers uses it too."""
     try:
         return hasattr(import_module("fla.ops.gated_delta_rule"), "chunk_gated_delta_rule")
-    except Exception:  # as transformers does: whatever triton or the driver raise, the reference is there
+    except Exception:  # as in transformers: triton or the driver may raise anything
         return False
 
 
-def use_reference_on_cpu(model: Any) -> None:
-    """Makes transformers compute with torch alone, also where flash-linear-attention is installed: that needs a GPU.
-
-    transformers chooses once, when it is imported, for all devices. Its own modules still run where text is generated.
-    """
-    for layer in model.model.layers:
-        if hasattr(layer, "linear_attn"):
-            modeling = sys.modules[type(layer.linear_attn).__module__]
-            for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):
-                setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
+@contextmanager
+def reference_on_cpu(model: Any) -> Iterator[None]:
+    """Lets transformers' modules of a model on a CPU compute with torch alone, so that they can generate text. Where
+    flash-linear-attention is installed, transformers chooses it on import for all devices, although it needs a GPU."""
+    modules = {sys.modules[type(layer.linear_attn).__module__] for layer in model.model.layers if hasattr(layer, "linear_attn")}
+    chosen = [(module, name, getattr(module, name)) for module in modules if not next(model.parameters()).is_cuda
+              for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn", "torch_recurrent_gated_delta_rule",
+                           "causal_conv1d_update") if hasattr(module, name)]
+    for module, name, function in chosen:
+        setattr(module, name, inspect.unwrap(function))
+    try:
+        yield
+    finally:
+        for module, name, function in chosen:
+            setattr(module, name, function)

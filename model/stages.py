@@ -1,5 +1,5 @@
-"""A run of residual sublayers of one model, on one device: the unit that trains alone or stands in a pipeline.
-Keeps one boundary (T x D) a decoder layer for the backward pass when it recomputes, all activations when not."""
+"""A stage: consecutive residual sublayers of one model on one device, which train alone or as part of a pipeline.
+Keeps only each decoder layer's input (T x D) for the backward pass if it recomputes, else all activations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.delta_rule import packed_delta_rule
 from model.lora import adapter_parameters
-from model.loss import supervised_losses
 from model.mixers import Segments
+from model.ops.loss import supervised_losses
 
 # T tokens of the packed stream, D hidden size, N supervised positions
 
@@ -26,9 +26,9 @@ class Stage(nn.Module):
 
     Args:
         model: the text model, with the modules of this stage in place and the others' absent.
-        first, stop: which sublayers.
-        recompute: free each decoder layer's activations after the forward pass and compute them again in the backward.
-        keep_layers: but of the last so many decoder layers keep them: what is kept last is needed first.
+        first, stop: the stage's sublayers.
+        recompute: free each decoder layer's activations after the forward pass and recompute them in the backward pass.
+        keep_layers: how many of the last decoder layers do not recompute; the backward pass begins with these.
     """
 
     def __init__(self, model: Any, first: int, stop: int, recompute: bool, keep_layers: int = 0) -> None:
@@ -48,7 +48,7 @@ class Stage(nn.Module):
         """Token ids [1, T] on the first stage, else hidden states [1, T, D]; returns hidden states [1, T, D]."""
         text_model = self.model.model
         x_1TD = text_model.embed_tokens(x) if self.is_first else x
-        # three rows of positions (time, height, width), all alike for text, where the model rotates by three
+        # a multimodal model takes three rows of positions (time, height, width), which are equal for text
         is_3d = hasattr(text_model.rotary_emb, "mrope_section")
         rotary = text_model.rotary_emb(x_1TD, positions_T.expand(3, 1, -1) if is_3d else positions_T[None])
         for number in range(self.first // 2, (self.stop + 1) // 2):
@@ -56,7 +56,7 @@ class Stage(nn.Module):
         return x_1TD
 
     def run_layer(self, number: int, x_1TD: Tensor, rotary: Any, segments: Segments) -> Tensor:
-        """One decoder layer, or the half of it that this stage holds; its activations are kept, or computed again."""
+        """One decoder layer, or the sublayer of it that this stage holds; its activations are kept or recomputed."""
         run: Callable[..., Tensor] = partial(
             decoder_layer, self.model.model.layers[number], rotary=rotary, segments=segments,
             mixer=2 * number >= self.first, feed_forward=2 * number + 1 < self.stop,
@@ -66,7 +66,7 @@ class Stage(nn.Module):
         return run(x_1TD)
 
     def losses(self, x_1TD: Tensor, predict_N: Tensor, labels_N: Tensor) -> Tensor:
-        """Last stage: cross-entropy of each supervised position, [N] in float32; nothing else meets norm and head."""
+        """On the last stage: the cross-entropy of each supervised position, [N] in float32. Norm and head skip all others."""
         h_ND = self.model.model.norm(x_1TD[0, predict_N])
         return supervised_losses(h_ND, self.model.lm_head.weight, labels_N)
 
@@ -74,7 +74,7 @@ class Stage(nn.Module):
 def decoder_layer(
     layer: Any, x_1TD: Tensor, rotary: Any, segments: Segments, mixer: bool = True, feed_forward: bool = True
 ) -> Tensor:
-    """One decoder layer, or the half of it that this side of a cut holds."""
+    """One decoder layer, or only one of its two sublayers where a cut between stages separates them."""
     if mixer:
         h_1TD = layer.input_layernorm(x_1TD)
         if hasattr(layer, "linear_attn"):

@@ -1,6 +1,7 @@
 """The house itself: who may import whom, lint, types, and that the README's tree is the tree."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {"data": {"data"}, "model": {"model"}, "loop": {"data", "model", "loop"}, "train": {"data", "model", "loop"}}
+ALLOWED = {"data": {"data"}, "model": {"model"}, "loop": {"data", "model", "loop"}}
 OURS = {"data", "model", "loop", "train", "pipeline_train", "bench", "tests"}
-SOURCES = sorted(path for path in ROOT.glob("**/*.py") if ".venv" not in path.parts and "build" not in path.parts)
+# Whatever stands on a floor of loop/ imports only from floors below it.
+FLOORS = [
+    {"errors", "config", "checkpoint", "curves"},
+    {"distributed"},
+    {"memory", "optim"},
+    {"accumulate", "evaluate", "metrics", "state", "planned"},
+    {"fit", "pipeline", "run"},
+    {"plan", "review", "inspect", "out_of_memory"},
+]
+TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+SOURCES = [ROOT / name for name in TRACKED if (ROOT / name).exists()]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+
+
+def imported_modules(path):
+    """Full names, as far as they are this project's."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (name if (name := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
 def imported(path):
@@ -29,12 +50,72 @@ def test_imports_go_one_way(package):
     assert not wrong
 
 
-def test_entry_points_import_no_other_entry_point():
+def test_loop_has_six_floors_and_no_arrow_up():
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    wrong, seen = [], set()
+    for name, path in MODULES.items():
+        parts = name.split(".")
+        if parts[0] != "loop" or len(parts) == 1:
+            continue
+        seen.add(parts[1])
+        for other in imported_modules(path):
+            target = other.split(".")
+            if target[0] == "loop" and len(target) > 1 and target[1] != parts[1] and floor_of[target[1]] >= floor_of[parts[1]]:
+                wrong.append(f"{name} (floor {floor_of[parts[1]] + 1}) imports {other} (floor {floor_of[target[1]] + 1})")
+    assert not wrong
+    assert seen == floor_of.keys() and len(FLOORS) == 6
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: [other for other in imported_modules(path) if other in MODULES and other != name and other.count(".")]
+             for name, path in MODULES.items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " imports ".join([*path[path.index(name):], name])
+        if name not in done:
+            path.append(name)
+            for other in graph[name]:
+                visit(other)
+            done.add(path.pop())
+
+    for name in graph:
+        visit(name)
+
+
+def test_training_never_imports_the_plan_and_entry_points_no_other():
     for name in ("train", "pipeline_train"):
-        path = ROOT / f"{name}.py"
-        if path.exists():
-            assert not set(imported(path)) & {"train", "pipeline_train"}
-            assert len(path.read_text().splitlines()) < 130
+        reached, todo = set(), [name]
+        while todo:
+            current = todo.pop()
+            if current in MODULES and current not in reached:
+                reached.add(current)
+                todo += imported_modules(MODULES[current])
+        assert not [module for module in reached if module.startswith("loop.plan.") or module == "loop.plan"]
+        assert reached & {"train", "pipeline_train"} == {name} and "loop.fit" in reached
+
+
+def test_settings_are_read_without_torch():
+    """So that a typo is answered in a moment. train.py checks them before it imports anything else."""
+    for script, config in (("train.py", "4b"), ("pipeline_train.py", "35b")):
+        code = (f"import runpy, sys; sys.argv = [{script!r}, '--config', 'configs/{config}.yaml', 'train.sead=1']\n"
+                f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+                "except SystemExit as stop: print(stop.code, sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()))")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout == "2 []\n", done.stdout + done.stderr
+        assert re.match(r"error: train.sead=1: .*sead.*\n$", done.stderr), done.stderr
+
+
+def test_no_file_and_no_function_is_long():
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] in ("tests", "bench"):
+            continue
+        assert len(path.read_text().splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                limit = 50 if node.name == "main" and path.parent == ROOT else 60
+                assert length <= limit, f"{path}: {node.name} has {length} lines, expected at most {limit}"
 
 
 def test_no_pickle_is_read_and_no_remote_code_run():
@@ -44,6 +125,7 @@ def test_no_pickle_is_read_and_no_remote_code_run():
             assert not [word for word in forbidden if word in path.read_text()], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", [["flake8"], ["isort", "--check-only", "--diff", "."], ["mypy"]], ids=lambda tool: tool[0])
 def test_linters_find_nothing(tool):
     done = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -52,8 +134,8 @@ def test_linters_find_nothing(tool):
 
 def test_the_readme_names_every_module():
     readme = (ROOT / "README.md").read_text()
-    for path in [path for package in ("data", "model", "loop") for path in (ROOT / package).glob("*.py")]:
-        if path.name != "__init__.py" and not path.name.startswith(("demo_", "tiny_")):
+    for path in [path for package in ("data", "model", "loop") for path in (ROOT / package).glob("**/*.py")]:
+        if not path.name.startswith("__") and path.parent.name not in ("demo", "tiny"):
             assert path.name in readme, f"{path.relative_to(ROOT)} is missing in the README's tree"
 
 

@@ -11,9 +11,9 @@ import pytest
 
 chess = pytest.importorskip("chess")
 
-from data import demo  # noqa: E402
+from data.demo import __main__ as demo  # noqa: E402
 
-FILES = Path(demo.__file__).parent / "demo"
+FILES = Path(demo.__file__).parent
 POINTS = {chess.PAWN: 1, chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9, chess.KING: 0}
 PIECE = "(pawn|knight|bishop|rook|queen|king)"
 ON = rf"{PIECE} on ([a-h][1-8])"
@@ -265,8 +265,8 @@ def test_claims_of_the_coach_are_true(cases: list[Case], pattern: str) -> None:
     ("4k3/4p3/8/8/3P4/8/8/4K3 w - - 0 1", "d4d5", "-passed_new"),
 ])
 def test_facts_of_hand_made_positions(fen: str, move: str, kind: str) -> None:
-    from data.demo_facts import facts_of
-    from data.demo_play import Play
+    from data.demo.facts import facts_of
+    from data.demo.play import Play
     board = chess.Board(fen)
     assert chess.Move.from_uci(move) in board.legal_moves
     kinds = {fact.kind for fact in facts_of(Play(board, chess.Move.from_uci(move)))}
@@ -347,7 +347,7 @@ def test_long_rows_have_the_size_of_a_users_rows(tmp_path: Path) -> None:
 
 
 def test_without_chess_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("data.demo_")]:
+    for name in [name for name in sys.modules if name.startswith("data.demo.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "chess", None)
     with pytest.raises(SystemExit, match="pip install chess"):

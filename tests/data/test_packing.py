@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import ROUND_TO, balance, best_fit, fewest_bins, plan_step
+from data.packing import ROUND_TO, balance, best_fit, fewest_bins, pack_step
 
 
 @settings(max_examples=200, deadline=None)
@@ -16,14 +16,14 @@ from data.packing import ROUND_TO, balance, best_fit, fewest_bins, plan_step
     st.integers(1000, 3000),
 )
 def test_a_plan_holds_every_example_once_and_rows_stay_together(groups, num_replicas, microbatch_tokens):
-    plan = plan_step(groups, num_replicas, microbatch_tokens)
+    packing = pack_step(groups, num_replicas, microbatch_tokens)
     lengths = [length for group in groups for length in group]
-    placed = [e for replica in plan.microbatches for members in replica for e in members]
+    placed = [e for replica in packing.microbatches for members in replica for e in members]
     assert sorted(placed) == list(range(len(lengths)))
-    fullest = max(sum(lengths[e] for e in members) for replica in plan.microbatches for members in replica)
+    fullest = max(sum(lengths[e] for e in members) for replica in packing.microbatches for members in replica)
     assert fullest <= microbatch_tokens
-    assert plan.length == math.ceil(fullest / ROUND_TO) * ROUND_TO
-    replica_of = {e: r for r, replica in enumerate(plan.microbatches) for members in replica for e in members}
+    assert packing.length == math.ceil(fullest / ROUND_TO) * ROUND_TO
+    replica_of = {e: r for r, replica in enumerate(packing.microbatches) for members in replica for e in members}
     start = 0
     for group in groups:
         assert len({replica_of[start + i] for i in range(len(group))}) == 1, "a row's examples are on one replica"
@@ -51,8 +51,8 @@ def test_at_least_94_percent_real_tokens_on_the_users_lengths():
         real = total = 0
         for _ in range(40):
             lengths = np.clip(rng.normal(1730, spread, 80).astype(int), 300, 2238)
-            plan = plan_step([[int(n)] for n in lengths], 2, 8192)
+            packing = pack_step([[int(n)] for n in lengths], 2, 8192)
             real += lengths.sum()
-            total += plan.length * sum(len(replica) for replica in plan.microbatches)
+            total += packing.length * sum(len(replica) for replica in packing.microbatches)
         assert real / total >= 0.94, f"spread {spread}: {real / total:.3f}"
         print(f"spread {spread}: {real / total:.1%} real tokens")

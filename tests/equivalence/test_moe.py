@@ -14,13 +14,14 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from model.balance import load_balance, start_counting
 from model.build import build
+from model.config import LoraConfig
 from model.delta_rule import delta_rule_in_batches, delta_rule_with_gaps, similar
-from model.lora import LoraConfig, adapters_off, to_peft_name
+from model.lora import adapters_off, to_peft_name
 from model.mixers import Segments
+from model.moe.usage import load_balance, start_counting
 from model.stages import Stage
-from model.tiny import write_tiny
+from model.tiny.write import write_tiny
 
 CPU = torch.device("cpu")
 LAYOUTS = ("fused", "per-expert", "fp8")

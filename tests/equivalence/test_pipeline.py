@@ -11,42 +11,37 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data.batches import Microbatch, StepBatch
 from loop import accumulate
+from loop.distributed.groups import Ranks
 from loop.fit import share_losses
-from loop.gpipe import Pipeline
-from loop.memory import Memory
+from loop.memory.phases import Memory
+from loop.metrics import RunLog
 from loop.optim import make_optimizer, set_learning_rate, sync_and_clip
-from loop.ranks import DistributedConfig, Ranks
+from loop.pipeline.gpipe import Pipeline
 from model.build import build
-from model.lora import LoraConfig
+from model.config import LoraConfig
 from model.stages import Stage
-from model.tiny import write_tiny
+from model.tiny.write import write_tiny
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 MEMORY = Memory(CPU)
-SIZES = {"qwen3": {}, "llama": {}, "qwen3_5_moe": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}}
+LOG = RunLog(Path(), "", CPU, enabled=False)
+SIZES = {"qwen3": {}, "llama": {}, "qwen3_5_moe": {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_experts": 4, "num_experts_per_tok": 2}}
 TARGETS = {"qwen3": (), "llama": (), "qwen3_5_moe": ("in_proj_qkv", "in_proj_z", "out_proj")}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NUM_SUBLAYERS = 6
-RUNS = ((4, "gpipe", 10), (4, "1f1b", 2), (2, "1f1b", 3))  # stages among four processes, schedule, optimizer steps
+RUNS = ((4, "gpipe", 5), (4, "1f1b", 2), (2, "1f1b", 3))  # stages among four processes, schedule, optimizer steps
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
     return {kind: write_tiny(root / kind, kind=kind, num_hidden_layers=3, **sizes) for kind, sizes in SIZES.items()}
-
-
-@pytest.fixture(scope="module")
-def world_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks(0, 1, 0, CPU)
-    dist.destroy_process_group()
 
 
 def make(model_dir: Path, first: int = 0, stop: int = NUM_SUBLAYERS, recompute: bool = False, rank: int = 4) -> Stage:
@@ -100,25 +95,6 @@ def check(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_every_cut_into_2_3_and_4_stages_gives_the_same_losses_and_gradients(checkpoints, world_of_one, kind):
-    whole, batch = make(checkpoints[kind]), make_batch(3)
-    expected_losses = accumulate.forward_backward(whole, MEMORY, batch)
-    expected = take_gradients(whole)
-    assert all(gradient.abs().max() > 0 for gradient in expected.values())
-    num_tried = 0
-    for num_stages in (2, 3, 4):
-        for cuts in combinations(range(1, NUM_SUBLAYERS), num_stages - 1):
-            stages = [Stage(whole.model, *bounds, recompute=num_tried % 2 == 1).train()
-                      for bounds in zip((0, *cuts), (*cuts, NUM_SUBLAYERS))]
-            for schedule in ("gpipe", "1f1b"):
-                losses = Pipeline(stages, world_of_one, schedule, MEMORY).forward_backward(batch)
-                assert difference(losses, expected_losses) < 1e-6, (cuts, schedule)
-                check(take_gradients(whole), expected)
-            num_tried += 1
-    assert num_tried == 5 + 10 + 10
-
-
-@pytest.mark.parametrize("kind", SIZES)
 def test_a_stage_is_built_as_its_part_of_the_whole(checkpoints, kind):
     """Only its modules, with the same names, weights and first adapters; a tied head is a copy of the embedding."""
     whole = make(checkpoints[kind])
@@ -135,81 +111,144 @@ def test_a_stage_is_built_as_its_part_of_the_whole(checkpoints, kind):
         assert not missing
 
 
-def test_a_stage_without_adapters_is_passed_through(checkpoints, world_of_one):
+# Run by each of several processes
+
+
+def every_cut(model_dir: Path, ranks: Ranks, num_stages: int) -> int:
+    """All ways to cut the model into so many stages, under both schedules; each replica computes the whole batch.
+
+    Returns:
+        The number of ways.
+    """
+    whole, batch = make(model_dir), make_batch(4)
+    expected_losses = accumulate.forward_backward(whole, MEMORY, batch)
+    expected = take_gradients(whole)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    all_cuts = list(combinations(range(1, NUM_SUBLAYERS), num_stages - 1))
+    for number, cuts in enumerate(all_cuts):
+        ranks.split = cuts
+        stage = Stage(whole.model, ranks.first, ranks.stop or NUM_SUBLAYERS, recompute=number % 2 == 1).train()
+        held = set(range(ranks.first, ranks.stop or NUM_SUBLAYERS))
+        for schedule in ("gpipe", "1f1b"):
+            losses = Pipeline(stage, ranks, schedule, LOG, MEMORY).forward_backward(batch)
+            if stage.is_last:
+                assert difference(losses, expected_losses) < 1e-6, (cuts, schedule)
+            gradients = {name: gradient for name, gradient in take_gradients(whole).items() if gradient is not None}
+            assert {sublayer_of(name) for name in gradients} == held, (cuts, schedule)
+            check(gradients, expected)
+    return len(all_cuts)
+
+
+def sublayer_of(name: str) -> int:
+    layer = int(name.split(".layers.")[1].partition(".")[0])
+    return 2 * layer + (".mlp." in name)
+
+
+def without_adapters(model_dir: Path, ranks: Ranks) -> None:
     """Such as a first stage that holds attention alone, where only feed-forwards are adapted."""
-    def cut(model_dir, first, stop):
+    def build_part(first: int, stop: int) -> Stage:
         lora = LoraConfig(rank=4, alpha=8, target=("down_proj",))
         return build(model_dir, "float32", lora, seed=0, device=CPU, recompute=True, first=first, stop=stop)
 
-    stages = [cut(checkpoints["llama"], first, stop) for first, stop in ((0, 1), (1, 6))]
-    whole, batch = cut(checkpoints["llama"], 0, 6), make_batch(2)
+    ranks.split = (1,)
+    stage, whole, batch = build_part(ranks.first, ranks.stop or NUM_SUBLAYERS), build_part(0, NUM_SUBLAYERS), make_batch(2)
     expected_losses = accumulate.forward_backward(whole, MEMORY, batch)
-    assert torch.equal(Pipeline(stages, world_of_one, "1f1b", MEMORY).forward_backward(batch), expected_losses)
+    losses = Pipeline(stage, ranks, "1f1b", LOG, MEMORY).forward_backward(batch)
     expected = take_gradients(whole)
-    assert not stages[0].adapters() and stages[1].adapters().keys() == expected.keys()
-    assert all(torch.equal(p.grad, expected[name]) for name, p in stages[1].adapters().items() if name.endswith("lora_B"))
+    if stage.is_first:
+        assert not stage.adapters()
+    else:
+        assert torch.equal(losses, expected_losses) and stage.adapters().keys() == expected.keys()
+        assert all(torch.equal(p.grad, expected[name]) for name, p in stage.adapters().items() if name.endswith("lora_B"))
 
 
-def worker(model_dir: Path) -> None:
-    """One of four processes: 4 stages, then 2 stages of 2 replicas, against the whole model.
+def many_steps(model_dir: Path, ranks: Ranks, schedule: str, num_steps: int) -> None:
+    """Steps of a split model against those of the whole one. One replica equals it to the last bit; two add up gradients
+    in another order."""
+    alone = Ranks()
+    ranks.split = {4: (1, 2, 5), 2: (3,)}[ranks.num_stages]
+    stage, whole = make(model_dir, ranks.first, ranks.stop or NUM_SUBLAYERS, recompute=True), make(model_dir)
+    pipeline = Pipeline(stage, ranks, schedule, LOG, MEMORY)
+    optimizers = [make_optimizer("adamw", s.adapters().values(), 0.01) for s in (stage, whole)]
+    tolerance = 1e-5 if ranks.num_replicas > 1 else 0.0
+    for step in range(1, num_steps + 1):
+        # microbatches and their length change between steps; in one, no microbatch falls to the second replica
+        num_microbatches, length = ((6, 128), (6, 256), (1, 128), (5, 256))[step % 4]
+        share = make_batch(num_microbatches, length, step, ranks.replica, ranks.num_replicas)
+        everything = make_batch(num_microbatches, length, step)
+        evaluated = pipeline.forward_only(share)
+        assert (len(evaluated) == len(share.microbatches)) == (stage.is_last or not share.microbatches)
+        for losses_N, expected_N in zip(evaluated, accumulate.forward_only(whole, MEMORY, everything)[share.slots.start:]):
+            assert difference(losses_N, expected_N) <= tolerance
+        losses = share_losses(pipeline.forward_backward(share), share, ranks)
+        expected_losses = share_losses(accumulate.forward_backward(whole, MEMORY, everything), everything, alone)
+        norm = sync_and_clip(stage.adapters().values(), 0.5, ranks)
+        expected_norm = sync_and_clip(whole.adapters().values(), 0.5, alone)
+        assert difference(torch.tensor(losses), torch.tensor(expected_losses)) <= tolerance
+        if step == 1:
+            assert difference(norm, expected_norm) < 1e-6
+            expected = {name: parameter.grad for name, parameter in whole.adapters().items()}
+            check({name: parameter.grad for name, parameter in stage.adapters().items()}, expected)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, 1e-2)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    expected = whole.adapters()
+    for name, parameter in stage.adapters().items():
+        assert difference(parameter, expected[name]) <= tolerance, name
+    gathered = ranks.gather_stages({name: parameter.detach() for name, parameter in stage.adapters().items()})
+    if ranks.is_main:
+        assert gathered.keys() == expected.keys()
+        assert max(difference(gathered[name], expected[name]) for name in expected) <= tolerance
 
-    One replica equals it to the last bit; two add up gradients in another order.
-    """
+
+def worker(root: Path) -> None:
+    """Everything above, as far as this number of processes can be split for it."""
     torch.set_num_threads(1)
-    cuts = {4: (1, 2, 5), 2: (3,)}
-    ranks = Ranks.from_launcher()
-    ranks.connect(DistributedConfig(timeout_s=60))
-    alone = Ranks(0, 1, 0, CPU)
-    for num_stages, schedule, num_steps in RUNS:
-        split = Ranks(ranks.rank, ranks.world_size, ranks.local_rank, CPU, num_stages, watch=ranks.watch)
-        split.make_groups(timedelta(seconds=60))
-        bounds = list(zip((0, *cuts[num_stages]), (*cuts[num_stages], NUM_SUBLAYERS)))[split.stage]
-        stage, whole = make(model_dir, *bounds, recompute=True), make(model_dir)
-        pipeline = Pipeline([stage], split, schedule, MEMORY)
-        optimizers = [make_optimizer("adamw", s.adapters().values(), 0.01) for s in (stage, whole)]
-        tolerance = 1e-5 if split.num_replicas > 1 else 0.0
-        for step in range(1, num_steps + 1):
-            # microbatches and their length change between steps; in one, no microbatch falls to the second replica
-            num_microbatches, length = ((6, 128), (6, 256), (1, 128), (5, 256))[step % 4]
-            share = make_batch(num_microbatches, length, step, split.replica, split.num_replicas)
-            everything = make_batch(num_microbatches, length, step)
-            evaluated = pipeline.forward_only(share)
-            assert (len(evaluated) == len(share.microbatches)) == (stage.is_last or not share.microbatches)
-            for losses_N, expected_N in zip(evaluated, accumulate.forward_only(whole, everything)[share.slots.start:]):
-                assert difference(losses_N, expected_N) <= tolerance
-            losses = share_losses(pipeline.forward_backward(share), share, split)
-            expected_losses = share_losses(accumulate.forward_backward(whole, MEMORY, everything), everything, alone)
-            norm = sync_and_clip(stage.adapters().values(), 0.5, split)
-            expected_norm = sync_and_clip(whole.adapters().values(), 0.5, alone)
-            assert difference(torch.tensor(losses), torch.tensor(expected_losses)) <= tolerance
-            if step == 1:
-                assert difference(norm, expected_norm) < 1e-6
-                expected = {name: parameter.grad for name, parameter in whole.adapters().items()}
-                check({name: parameter.grad for name, parameter in stage.adapters().items()}, expected)
-            for optimizer in optimizers:
-                set_learning_rate(optimizer, 1e-2)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        expected = whole.adapters()
-        for name, parameter in stage.adapters().items():
-            assert difference(parameter, expected[name]) <= tolerance, name
-        gathered = split.gather_stages({name: parameter.detach() for name, parameter in stage.adapters().items()})
-        if split.is_main:
-            assert gathered.keys() == expected.keys()
-            assert max(difference(gathered[name], expected[name]) for name in expected) <= tolerance
-            print(f"{num_stages} stages, {split.num_replicas} replicas, {schedule}: equal", flush=True)
-    ranks.disconnect()
+    launched = Ranks.from_launcher()
+    launched.connect(60)
+    for num_stages in {3: (3,), 4: (4, 2)}[launched.world_size]:
+        ranks = Ranks(launched.rank, launched.world_size, num_stages, watch=launched.watch)
+        ranks.make_groups(timedelta(seconds=60))
+        for kind in SIZES:
+            num_ways = every_cut(root / kind, ranks, num_stages)
+            say(ranks, f"{kind}, {num_stages} stages: {num_ways} ways to cut are equal")
+        for steps_of, schedule, num_steps in RUNS:
+            if steps_of == num_stages:
+                many_steps(root / "qwen3_5_moe", ranks, schedule, num_steps)
+                say(ranks, f"{num_stages} stages, {ranks.num_replicas} replicas, {schedule}: equal")
+        if num_stages == 2:
+            without_adapters(root / "llama", ranks)
+            say(ranks, "a stage without adapters: equal")
+    launched.disconnect()
 
 
-def test_across_processes_ten_steps_stay_equal(checkpoints):
-    """Also with replicas, with shapes that change from step to step, and with a replica that gets no microbatch."""
-    command = [sys.executable, "-m", "loop.launch", "--standalone", "--nproc-per-node", "4", __file__,
-               str(checkpoints["qwen3_5_moe"])]
+def say(ranks: Ranks, line: str) -> None:
+    ranks.all_reduce(torch.zeros(1))  # everyone has come this far
+    if ranks.is_main:
+        print(line, flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [3, 4])
+def test_every_cut_and_many_steps_across_processes(checkpoints, num_processes):
+    """2 to 4 stages under both schedules; also with replicas, with shapes that change from step to step, and with a
+    replica that gets no microbatch."""
+    root = checkpoints["llama"].parent
+    command = [sys.executable, "-m", "loop.distributed.launch", "--standalone", "--nproc-per-node", str(num_processes),
+               __file__, str(root)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert [line for line in done.stdout.splitlines() if "equal" in line] == [
-        f"{num_stages} stages, {4 // num_stages} replicas, {schedule}: equal" for num_stages, schedule, _ in RUNS]
+    said = [line for line in done.stdout.splitlines() if "equal" in line]
+    if num_processes == 3:
+        assert said == [f"{kind}, 3 stages: 10 ways to cut are equal" for kind in SIZES]
+    else:
+        assert said == [
+            *(f"{kind}, 4 stages: 10 ways to cut are equal" for kind in SIZES),
+            "4 stages, 1 replicas, gpipe: equal", "4 stages, 1 replicas, 1f1b: equal",
+            *(f"{kind}, 2 stages: 5 ways to cut are equal" for kind in SIZES),
+            "2 stages, 2 replicas, 1f1b: equal", "a stage without adapters: equal"]
 
 
 if __name__ == "__main__":

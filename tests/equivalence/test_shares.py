@@ -12,10 +12,10 @@ from data.batches import Batches
 from data.records import DataConfig
 from data.tokenized import tokenize
 from loop.accumulate import forward_backward
-from loop.memory import Memory
+from loop.memory.phases import Memory
 from model.build import build
-from model.lora import LoraConfig
-from model.tiny import write_tiny
+from model.config import LoraConfig
+from model.tiny.write import write_tiny
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])

@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from model.build import build
-from model.lora import LoraConfig, to_peft_name
+from model.config import LoraConfig
+from model.lora import to_peft_name
 from model.mixers import Segments
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from loop.optim import learning_rate, load_optimizer, make_optimizer, optimizer_tensors, sync_and_clip
-from loop.ranks import Ranks
+from loop.distributed.groups import Ranks
+from loop.optim import learning_rate, load_optimizer, make_optimizer, named_states, sync_and_clip
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks()
 
 
 def test_warmup_is_linear_and_the_cosine_ends_above_zero():
@@ -49,7 +49,7 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(name):
     optimizer = make_optimizer(name, whole.values(), 0.01)
     for seed in range(3):
         step(optimizer, whole, seed)
-    tensors = {key: value.clone() for key, value in optimizer_tensors(optimizer, whole).items()}
+    tensors = {key: value.clone() for key, value in named_states(optimizer, whole).items()}
     resumed = {key: nn.Parameter(p.detach().clone()) for key, p in whole.items()}
     fresh = make_optimizer(name, resumed.values(), 0.01)
     load_optimizer(fresh, resumed, {**tensors, "other.lora_A/step": torch.tensor(1.0)})

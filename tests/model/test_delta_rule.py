@@ -9,7 +9,7 @@ from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet, causal_conv1d_fn
 
 from model.delta_rule import CausalConvolution, padded_delta_rule
-from model.fused import fuse
+from model.ops.fused import fuse
 
 
 def relative(found, expected):
@@ -25,8 +25,13 @@ def test_convolution_equals_transformers(dtype, length):
     found = CausalConvolution.apply(x, weight)
     assert torch.equal(found, expected)
     dy = torch.randn_like(found)
-    grads = [torch.autograd.grad(y, x, dy)[0] for y in (found, expected)]
-    assert relative(*grads) < (1e-6 if dtype == torch.float32 else 1e-3)
+    ours, theirs = [torch.autograd.grad(y, x, dy)[0] for y in (found, expected)]
+    if dtype == torch.float32:
+        assert relative(ours, theirs) < 1e-6
+    else:  # CPUs without bf16 instructions round transformers' sum at each addition: ours is rounded once
+        x64 = x.detach().double().requires_grad_()
+        (exact,) = torch.autograd.grad(CausalConvolution.apply(x64, weight.double()), x64, dy.double())
+        assert relative(ours, exact) < 2**-9 and relative(ours, exact) <= relative(theirs, exact)
 
 
 @pytest.mark.parametrize("fused", (False, True))

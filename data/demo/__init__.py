@@ -1,0 +1,1 @@
+"""The demo's rows, and the code that writes them from legal chess positions."""

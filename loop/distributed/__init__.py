@@ -1,0 +1,1 @@
+"""Several processes: starts, connects and watches them, and exchanges tensors."""

@@ -1,0 +1,89 @@
+"""Ends this process with a message when another rank does not answer in time, has died, or the launcher sends SIGTERM.
+Costs one thread that sleeps nearly all the time."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import Callable, Iterator
+
+from loop.errors import is_out_of_memory
+
+INTERVAL_S = 0.5
+SHUTDOWN_S = 10  # of the timeout, at most half, is left to the launcher to end the other ranks
+
+
+class Watch:
+    """Ends the process with one line if this rank waits for other ranks longer than the limit.
+
+    All ranks that wait for a rank that hangs end in this way. A rank that died is noticed sooner: its connection closes,
+    or the launcher notices the death first and sends SIGTERM. Only the reason that comes first is printed.
+    """
+
+    def __init__(self) -> None:
+        self.name, self.limit_s = "", 0.0
+        self.awaited: Callable[[], str] | None = None  # says what this rank waits for; None while the rank computes
+        self.since = 0.0  # when the rank began to wait
+        self.lock = threading.Lock()
+
+    def start(self, name: str, timeout_s: int) -> None:
+        """Starts the watching thread; must be called in the main thread.
+
+        Args:
+            name: of this rank, such as "rank 1 (stage 1)".
+            timeout_s: seconds after which the whole run must have ended.
+        """
+        self.name, self.limit_s = name, max(timeout_s - SHUTDOWN_S, timeout_s / 2)
+        woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake)  # a signal reaches the thread even while the main thread is inside a collective
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        threading.Thread(target=self.run, args=(woken,), name="watch", daemon=True).start()
+
+    def run(self, woken: int) -> None:
+        while True:
+            readable, _, _ = select.select([woken], [], [], INTERVAL_S)
+            if readable and signal.SIGTERM in os.read(woken, 64):
+                self.end("told to stop", status=128 + signal.SIGTERM)
+            if self.awaited is not None and time.monotonic() - self.since > self.limit_s:
+                self.end(f"no answer in {self.limit_s:.0f} s (see distributed.timeout_s)")
+
+    def begin(self, awaited: Callable[[], str]) -> None:
+        """Notes that this rank waits from now on; a second call begins another wait."""
+        self.since = time.monotonic()
+        self.awaited = awaited
+
+    def done(self) -> None:
+        """Notes that this rank computes again."""
+        self.awaited = None
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Notes that this rank waits for `what` inside the block; an error in the block ends the process."""
+        self.begin(lambda: what)
+        with self.ends_when_peers_are_gone():
+            yield
+        self.done()
+
+    @contextmanager
+    def ends_when_peers_are_gone(self) -> Iterator[None]:
+        """Ends the process on an error that is raised while this rank waits; other errors pass through."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.awaited is None or not self.name or is_out_of_memory(error):
+                raise
+            self.end("the connection is gone")
+
+    def end(self, reason: str, status: int = 1) -> None:
+        """Prints one line and ends the process at once, without cleaning up: cleaning up would wait for the other ranks."""
+        with self.lock:  # kept until the process ends, so that only the first reason is printed
+            awaited = self.awaited  # the other thread may set it to None
+            if awaited is not None:
+                print(f"error: {self.name} waited for {awaited()}: {reason}", file=sys.stderr, flush=True)
+            os._exit(status)

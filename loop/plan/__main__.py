@@ -1,0 +1,179 @@
+"""How much memory a run will take, before it takes it: on each rank, for what, at which moment and on which line.
+Needs neither the weights nor a GPU; takes seconds a rank.
+
+python -m loop.plan --config configs/4b.yaml [key=value ...]
+python -m loop.plan --config configs/35b.yaml --split 40 pipeline.schedule=1f1b --card 32
+python -m loop.plan --config configs/35b.yaml --split none --card 24       # one device
+python -m loop.plan --config configs/35b.yaml --fit --card 32              # what fits best
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from loop.config import Config, add_config_arguments, load_config, overridden
+from loop.distributed.launch import die_with_parent
+from loop.errors import run_command
+from loop.memory.ledger import CATEGORIES
+from loop.memory.phases import GIB
+from loop.pipeline.split import RowLengths, balance, check_split, sublayer_costs
+from loop.plan.search import search
+from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, find_model, read_rows
+
+CARD_GIB = 32.0
+NUM_LINES = 8
+
+
+def main() -> None:
+    args, out = parse(), sys.stdout
+    if args.beside is not None:
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() != args.beside:  # the run is gone already
+            sys.exit(1)
+        torch.set_num_threads(1)  # leaves the cores to the run
+    with redirect_stdout(sys.stderr):  # for what the rehearsed training code prints
+        config = load_config(args.config, args.overrides)
+        workload, card_gib = read_workload(args, config), args.card or CARD_GIB
+        print(search(workload, card_gib) if args.fit else planned(workload, args, card_gib), file=out, flush=True)
+        for setting in args.tries:
+            print(tried(args, config, setting), file=out, flush=True)
+
+
+def planned(workload: Workload, args: argparse.Namespace, card_gib: float) -> str:
+    """The plan of all ranks, or of the one that is asked for."""
+    wanted = range(workload.num_ranks) if args.rank is None else [args.rank]
+    if wanted[0] not in range(workload.num_ranks):
+        raise ValueError(f"--rank {args.rank}: expected one of {workload.num_ranks} ranks, counted from 0")
+    by_stage = {rank % workload.num_stages: rank for rank in reversed(wanted)}  # replicas are alike
+    plans = {stage: workload.rank_plan(rank, args.beside is None) for stage, rank in sorted(by_stage.items())}
+    if args.json:
+        return json.dumps({"ranks": [record(rank, rank % workload.num_stages, plans, card_gib) for rank in wanted]})
+    return report(workload, plans, card_gib)
+
+
+def tried(args: argparse.Namespace, config: Config, setting: str) -> str:
+    """The peak under another setting, on the fullest rank."""
+    try:
+        workload = read_workload(args, overridden(config, [setting]))
+        ranks = range(workload.num_stages) if args.rank is None else [args.rank]
+        peak_gib = max(workload.rank_plan(rank, worst_routing=False).peak.num_bytes for rank in ranks) / GIB
+    except Exception as error:  # a setting that cannot be planned is no reason not to try the next one
+        failed = f"{type(error).__name__}: {error}"
+        return json.dumps({"setting": setting, "error": failed}) if args.json else f"{setting}: not planned, {failed}"
+    return json.dumps({"setting": setting, "peak_gib": peak_gib}) if args.json else f"{setting:<30}  {peak_gib:.2f} GiB at most"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m loop.plan", description="How much memory each rank of a run will take.")
+    parser.add_argument("--split", metavar="CUTS", help="as for pipeline_train.py: 40 | 30,60 | auto; none: not split")
+    parser.add_argument("--ranks", type=int, help="processes; by default one a stage, else one a visible GPU, or 2 without any")
+    parser.add_argument("--card", type=float, metavar="GIB", help=f"memory of a GPU, by default {CARD_GIB:g}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda, but cpu where the weights are and no GPU is")
+    parser.add_argument("--row-tokens", type=int, default=1730, help="length of a row where the data are not at hand")
+    parser.add_argument("--supervised", type=float, default=0.35, help="share of its tokens that is supervised, likewise")
+    parser.add_argument("--fit", action="store_true", help="search the settings that use a card best")
+    parser.add_argument("--try", action="append", default=[], metavar="KEY=VALUE", dest="tries",
+                        help="also plan with this setting changed; may be given several times")
+    parser.add_argument("--rank", type=int, help="plan this rank alone")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, a line each plan")
+    parser.add_argument("--beside", type=int, metavar="PID",
+                        help="take one thread, leave out the worst case of routing, and end with this process")
+    add_config_arguments(parser)
+    args = parser.parse_intermixed_args()
+    for name in ("row_tokens", "ranks", "card", "supervised"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+    if args.supervised > 1:
+        parser.error(f"--supervised {args.supervised}: expected a share, at most 1")
+    if args.split not in (None, "none"):
+        args.overrides.append(f"pipeline.split={args.split}")
+    return args
+
+
+def read_workload(args: argparse.Namespace, config: Config) -> Workload:
+    """What to plan, by the command line and the configuration; a `ValueError` where these do not fit together."""
+    model, is_here = find_model(config.model.path)
+    device = args.device or ("cuda" if args.card or torch.cuda.is_available() or not is_here else "cpu")
+    rows = read_rows(config, model)
+    row_tokens = min(args.row_tokens, config.data.max_tokens)
+    lengths = RowLengths.of(rows) if rows else RowLengths(row_tokens, row_tokens, row_tokens / 2, args.supervised)
+    if args.split == "none" or (args.split is None and "pipeline" not in OmegaConf.load(args.config)):
+        visible = 1 if args.split else torch.cuda.device_count() or 2
+        return Workload(config, model, device, args.ranks or visible, 1, rows, lengths)
+    num_stages = config.pipeline.num_stages(otherwise=args.ranks or 2)
+    workload = Workload(config, model, device, args.ranks or num_stages, num_stages, rows, lengths)
+    costs = sublayer_costs(model, config, lengths)
+    split = balance(costs, num_stages) if config.pipeline.split == "auto" else config.pipeline.split
+    check_split(split, len(costs))
+    return replace(workload, split=tuple(split))
+
+
+def record(rank: int, stage: int, plans: dict[int, RankPlan], card_gib: float) -> dict[str, Any]:
+    """One rank for --json; everything in GiB."""
+    peak, worst = plans[stage]
+    return {
+        "rank": rank, "stage": stage, "peak_gib": peak.num_bytes / GIB,
+        "held_gib": {name: num_bytes / GIB for name, num_bytes in peak.held.items()},
+        "at_most_gib": {name: num_bytes / GIB for name, num_bytes in peak.most.items()},
+        "moment": peak.moment, "module": peak.module, "line": peak.line, "worst_routing_gib": worst.num_bytes / GIB,
+        "card_gib": card_gib, "fits": peak.num_bytes / GIB <= card_gib - RESERVE_GIB,
+    }
+
+
+def report(workload: Workload, by_stage: dict[int, RankPlan], card_gib: float) -> str:
+    """What is planned; a table with a column for each rank; then where each rank is fullest, and whether it fits."""
+    config, lengths = workload.config, workload.lengths
+    names = ("model.path", "model.base", "lora.rank", "train.recompute", "train.keep_layers", "train.optimizer",
+             "train.rows_per_step", "train.microbatch_tokens", *(["pipeline.schedule"] if workload.split else []))
+    settings = " ".join(f"{name}={OmegaConf.select(OmegaConf.structured(config), name)}" for name in names)
+    stages = f", {workload.num_stages} stages cut at {', '.join(map(str, workload.split))}" if workload.split else ""
+    rows = f"the largest step of the rows in {config.data.train}" if workload.rows else (
+        f"no rows at hand: full microbatches of rows of {lengths.longest:,} tokens, {lengths.supervised:.0%} supervised")
+    titles = ["rank " + ", ".join(map(str, range(stage, workload.num_ranks, workload.num_stages))) for stage in by_stage]
+    plans, blank = list(by_stage.values()), " " * 7
+    cells = {"GiB": titles, **{name: [f"{peak.held[name] / GIB:.2f} ({peak.most[name] / GIB:.2f})" for peak, _ in plans]
+                               for name in CATEGORIES}}
+    cells["peak"] = [f"{peak.num_bytes / GIB:.2f}{blank}" for peak, _ in plans]
+    if any(worst.num_bytes != peak.num_bytes for peak, worst in plans):
+        cells["worst routing"] = [f"{worst.num_bytes / GIB:.2f}{blank}" for _, worst in plans]
+    width = max(len(cell) for row in cells.values() for cell in row) + 2
+    lines = [settings, f"{workload.num_ranks} rank(s) on {workload.device}{stages}; {rows}", "",
+             "held at the peak (in brackets: the most of that kind at any moment of the step)"]
+    lines += [f"{name:<14}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in cells.items()]
+    for title, plan in zip(titles, plans):
+        lines += ["", f"{title}: {details(plan, workload.device, card_gib)}"]
+    return "\n".join(lines)
+
+
+def details(plan: RankPlan, device: str, card_gib: float) -> str:
+    """The moment of the peak, whether it fits a card, and the lines of the source that hold most then."""
+    peak = plan.peak
+    lines = [f"most in the {peak.moment}, {peak.module or 'no module'}, {peak.line}"]
+    if device == "cuda":
+        spare, spare_at_worst = (card_gib - RESERVE_GIB - p.num_bytes / GIB for p in (peak, plan.worst))
+        verdict = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else (
+            f"DOES NOT FIT, {-spare:.1f} GiB too much; --fit looks for what does")
+        if spare >= 0 > spare_at_worst:
+            verdict += "; but not if all tokens go to the same experts"
+        lines.append(f"  a card of {card_gib:g} GiB, of which {RESERVE_GIB:g} is left to CUDA: {verdict}")
+    else:
+        lines.append("  tensors alone: Python, torch and what the system's allocator keeps come on top, 0.5 GiB and more")
+    lines += [f"  {line.num_bytes / GIB:7.3f} GiB in {line.count:>4}  {line.category:<13} {line.module or '-'}  "
+              + line.line.partition(" < ")[0] for line in peak.largest[:NUM_LINES]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

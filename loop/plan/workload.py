@@ -1,0 +1,96 @@
+"""What a plan is made for: a configuration, the shapes of its model, ranks, and rows where these are at hand.
+Costs the time to tokenize the rows, unless the run has tokenized them before."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.tokenized import TokenizedRows, load_rows
+from loop.config import Config
+from loop.distributed.groups import Place
+from loop.errors import ROOT
+from loop.pipeline.split import RowLengths
+from loop.plan.forecast import full_step, largest_steps, trimmed
+from loop.plan.rehearsal import RankPlan, rehearse
+from loop.run import load_tokenizer
+from model.weights.fetch import from_cache
+
+SHAPES = ROOT / "configs/models"  # config.json of the models that the configurations name
+RESERVE_GIB = 1.0  # of a card: CUDA's own context, NCCL's buffers, and what lies free between tensors
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan is made for.
+
+    Raises:
+        ValueError: ranks that do not make whole replicas, or replicas without rows.
+    """
+
+    config: Config
+    model: Path  # config.json, or its directory
+    device: str
+    num_ranks: int
+    num_stages: int
+    rows: TokenizedRows | None  # None where they are not at hand
+    lengths: RowLengths  # of these rows, or assumed
+    split: tuple[int, ...] = ()  # as many cuts as make the stages, once they are chosen
+
+    def __post_init__(self) -> None:
+        rows = self.config.train.rows_per_step
+        if self.num_ranks % self.num_stages:
+            raise ValueError(f"--ranks {self.num_ranks}: expected a multiple of {self.num_stages}, the number of stages")
+        if rows < self.num_replicas:
+            raise ValueError(f"--ranks {self.num_ranks}: train.rows_per_step={rows} leaves some of the {self.num_replicas} "
+                             "replicas without a row")
+
+    @property
+    def num_replicas(self) -> int:
+        return self.num_ranks // self.num_stages
+
+    def with_train(self, **settings: Any) -> Workload:
+        """The same workload under other settings of `train`."""
+        return replace(self, config=replace(self.config, train=replace(self.config.train, **settings)))
+
+    def rank_plan(self, rank: int, worst_routing: bool = True) -> RankPlan:
+        """Rehearses the steps of the rows that may take the most, or a full step where the rows are not at hand."""
+        place = Place(rank, self.num_ranks, self.num_stages, self.split)
+        if self.rows is None:
+            steps = [full_step(self.config, self.num_replicas, self.lengths)]
+        else:
+            steps = largest_steps(self.config, self.model, place, self.rows)
+        return rehearse(self.config, self.model, place, self.device, [trimmed(step, place) for step in steps], worst_routing)
+
+
+def find_model(path: str) -> tuple[Path, bool]:
+    """Where the model's shapes are, and whether its weights are there too.
+
+    Raises:
+        ValueError: the shapes are neither in a directory, nor in the cache, nor built in.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir() or directory.suffix == ".json":
+        return directory, bool(list(directory.glob("*.safetensors")))
+    if path.count("/") <= 1 and not path.startswith((".", "/", "~")):
+        for weights in (True, False) if "/" in path else ():
+            cached = from_cache(path, weights)
+            if cached is not None and (cached / "config.json").is_file():
+                return cached, weights
+        built_in = SHAPES / f"{directory.name}.json"
+        if built_in.is_file():
+            return built_in, False
+    known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
+    raise ValueError(f"model.path: {path}: no such directory, and not in the cache. Give the directory of a config.json, or "
+                     f"one of those whose shapes are built in: {known}")
+
+
+def read_rows(config: Config, model: Path) -> TokenizedRows | None:
+    """The training rows as the run would see them; None if the data or the tokenizer are not at hand."""
+    if not Path(config.data.train).is_file() or not (model / "tokenizer.json").is_file():
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = config.run_dir / "data"
+        return load_rows("train", load_tokenizer(model), config.data, cache if cache.is_dir() else Path(scratch))

@@ -1,0 +1,1 @@
+"""Text generation with the model as it trains."""

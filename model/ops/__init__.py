@@ -1,0 +1,1 @@
+"""Operations with a backward pass by hand: norms, SwiGLU, the gated delta rule, the loss."""

@@ -1,0 +1,1 @@
+"""Random checkpoints of the real architectures at any scale, for tests and trials."""

@@ -1,0 +1,153 @@
+"""The planner against real runs, against the targets of the true models, and what it says of wrong arguments."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loop.config import load_config
+from loop.memory.phases import GIB
+from loop.plan import __main__ as plan
+from model.tiny.write import write_tiny
+
+ROOT = Path(__file__).parents[3]
+
+
+def percent_off(monkeypatch, log, *arguments):
+    """Measured against planned of each rank: what a run's last lines say, and what the planner says of the same settings."""
+    said = [line for line in log.splitlines() if "measured" in line][-1]
+    measured = [float(number) for number in re.findall(r"[\d.]+(?=,|\sGiB)", said.partition("measured")[2])]
+    workload = read(monkeypatch, *arguments, "--device", "cpu", "--ranks", str(len(measured)))
+    peaks = [workload.rank_plan(rank, worst_routing=False).peak.num_bytes / GIB for rank in range(len(measured))]
+    return [100 * (taken / peak - 1) for taken, peak in zip(measured, peaks, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "qwen3": write_tiny(root / "qwen3", kind="qwen3", num_hidden_layers=4),
+        "moe": write_tiny(root / "moe", num_hidden_layers=4, full_attention_interval=2, hidden_size=128, num_experts=4,
+                          num_experts_per_tok=2),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    [], ["train.recompute=false"], ["model.base=int8", "train.optimizer=adamw8bit", "train.microbatch_tokens=1024"],
+    ["train.keep_layers=1", "model.base=bf16"], ["train.max_steps=1"]], ids=str)
+def test_a_run_takes_what_was_planned(write_config, run_train, capsys, monkeypatch, settings):
+    config = write_config(train__epochs=1)
+    run_train(config, *settings)
+    off, = percent_off(monkeypatch, capsys.readouterr().out, "--config", str(config), *settings)
+    assert abs(off) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "moe"])
+def test_so_does_a_mixture_of_experts(write_config, run_train, capsys, monkeypatch, tiny_models, kind):
+    config = write_config(train__max_steps=4, eval__max_rows=4)
+    settings = [f"model.path={tiny_models[kind]}", "model.base=nf4"]
+    run_train(config, *settings)
+    off, = percent_off(monkeypatch, capsys.readouterr().out, "--config", str(config), *settings)
+    assert abs(off) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, program", [
+    ("qwen3", ["pipeline_train.py", "--split", "3", "pipeline.schedule=gpipe"]),
+    ("moe", ["pipeline_train.py", "--split", "4", "pipeline.schedule=1f1b"]),
+    ("moe", ["train.py"])])
+def test_so_do_two_ranks(write_config, monkeypatch, tiny_models, tmp_path, kind, program):
+    config = write_config(train__max_steps=4, eval__max_rows=4)
+    arguments = [*program[1:], "--config", str(config), f"model.path={tiny_models[kind]}", "model.base=nf4",
+                 "train.microbatch_tokens=256"]
+    command = [sys.executable, "-m", "loop.distributed.launch", "--standalone", "--nproc-per-node", "2",
+               str(ROOT / program[0]), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env={
+        "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    split = [] if "--split" in arguments else ["--split", "none"]
+    off = percent_off(monkeypatch, done.stdout, *arguments, *split)
+    assert len(off) == 2 and all(abs(percent) <= 3 for percent in off)
+
+
+def read(monkeypatch, *arguments):
+    """What a plan is made for, as the command reads it."""
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    args = plan.parse()
+    return plan.read_workload(args, load_config(args.config, args.overrides))
+
+
+def planned(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    plan.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_targets_of_the_true_models(capsys, monkeypatch):
+    """One rank each; bench/memory.py has them all."""
+    monkeypatch.chdir(ROOT)
+    for config, limit, settings in (("4b", 8.0, ["--split", "none"]), ("35b", 13.5, ["pipeline.schedule=1f1b"])):
+        args = ["--config", f"configs/{config}.yaml", "--device", "cuda", *settings]
+        peak = read(monkeypatch, *args).rank_plan(0, worst_routing=False).peak
+        assert peak.num_bytes / GIB <= limit
+        assert sum(peak.held.values()) == peak.num_bytes
+
+
+def test_json_adds_up(capsys, monkeypatch, write_config):
+    ranks = json.loads(planned(capsys, monkeypatch, "--config", str(write_config()), "--ranks", "3", "--json"))["ranks"]
+    assert [rank["rank"] for rank in ranks] == [0, 1, 2] and {rank["stage"] for rank in ranks} == {0}
+    for rank in ranks:
+        assert sum(rank["held_gib"].values()) == pytest.approx(rank["peak_gib"])
+        assert rank["peak_gib"] > 0 and ".py:" in rank["line"] and rank["fits"] is True
+
+
+@pytest.mark.slow
+def test_a_card_that_is_too_small_is_said_so_and_fit_finds_what_fits(capsys, monkeypatch, write_config):
+    config = str(write_config())
+    whole = planned(capsys, monkeypatch, "--config", config, "--card", "1.0005")
+    assert "DOES NOT FIT" in whole and "backward of microbatch" in whole or "loss of microbatch" in whole
+    best = planned(capsys, monkeypatch, "--config", config, "--fit", "--card", "2", "--ranks", "1")
+    assert "train.recompute=false" in best, "a tiny model fits without any recomputation"
+    with pytest.raises(ValueError, match="nothing fits a card of 1.0005 GiB"):
+        planned(capsys, monkeypatch, "--config", config, "--fit", "--card", "1.0005")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["model.path=nowhere/at-all"], "shapes are built in: Qwen3-4B-Thinking-2507, Qwen3.5-35B-A3B"),
+    (["--split", "99"], "the model has 4 sublayers"),
+    (["--split", "2", "--ranks", "3"], "--ranks 3: expected a multiple of 2"),
+    (["--split", "here"], "pipeline.split is 'here', expected sublayer numbers"),
+    (["--ranks", "9"], "--ranks 9: train.rows_per_step=8 leaves some of the 9 replicas without a row"),
+    (["train.keep_layers=5"], "train.keep_layers is 5, but the stage has 2 layers"),
+    (["train.keep_layers=1", "train.recompute=false"], "train.recompute is false: all are kept"),
+    (["model.path=Qwen/Qwen3.5-35B-A3B", "train.microbatch_tokens=128", "data.max_tokens=8192"], "the 1,730 tokens of a row"),
+    (["model.path=broken"], "broken/config.json: not valid JSON"),
+    (["model.path=list"], "list/config.json: model_type, hidden_size"),
+])
+def test_mistakes_are_named(capsys, monkeypatch, write_config, arguments, message):
+    config = str(write_config())
+    for name, text in (("broken", '{"model_type": "qwen3", '), ("list", "[1]")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        planned(capsys, monkeypatch, "--config", config, *arguments)
+
+
+def test_other_settings_are_tried_and_one_rank_is_planned_alone(capsys, monkeypatch, write_config):
+    arguments = ["--config", str(write_config()), "--ranks", "2", "--rank", "1", "--try", "train.recompute=false",
+                 "--try", "train.keep_layers=9"]
+    first, recomputing, failed = map(json.loads, planned(capsys, monkeypatch, *arguments, "--json").splitlines())
+    assert [rank["rank"] for rank in first["ranks"]] == [1]
+    assert recomputing["setting"] == "train.recompute=false" and recomputing["peak_gib"] > first["ranks"][0]["peak_gib"]
+    assert "keep_layers is 9, but the stage has 2 layers" in failed["error"]
+    said = planned(capsys, monkeypatch, *arguments).splitlines()
+    assert said[-2].startswith("train.recompute=false  ") and said[-2].endswith("GiB at most")
+    assert said[-1].startswith("train.keep_layers=9: not planned, ValueError: ")
+    with pytest.raises(ValueError, match="--rank 2: expected one of 2 ranks, counted from 0"):
+        planned(capsys, monkeypatch, *arguments[:5], "2")
