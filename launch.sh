@@ -108,7 +108,7 @@ EOF
     fi
     setup plots
     # settings are checked before anything is downloaded or started
-    .venv/bin/python -c 'from loop import config, errors; errors.run_command(config.parse_pipeline_command_line)' --config "$config" "$@"
+    .venv/bin/python -c 'from loop import config, errors; errors.run_command(lambda: config.parse_command_line(splits=True))' --config "$config" "$@"
     model=$(setting model.path path <(grep '^model:' "$config") "$@")
     .venv/bin/python -m model.weights.fetch "$model" >/dev/null
     if [ "$command" = 35b ]; then

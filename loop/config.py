@@ -145,21 +145,17 @@ class Config:
         return Path("checkpoints") / self.run
 
 
-def parse_command_line() -> Config:
-    """Reads train.py's arguments: `--config FILE [key=value ...]`."""
-    parser = argparse.ArgumentParser(description="Train LoRA adapters on one device or, under torchrun, on several.")
-    add_config_arguments(parser)
-    args = parser.parse_args()
-    return load_config(args.config, args.overrides)
-
-
-def parse_pipeline_command_line() -> Config:
-    """Reads pipeline_train.py's arguments: those of train.py, and `--split CUTS` as another form of `pipeline.split=CUTS`."""
-    parser = argparse.ArgumentParser(description="Train LoRA adapters on a model split over several devices.")
-    parser.add_argument("--split", metavar="CUTS", help="sublayers where stages 1, 2, ... begin: 40 | 30,60 | auto")
-    add_config_arguments(parser, default="configs/35b.yaml")
+def parse_command_line(splits: bool = False) -> Config:
+    """Reads the arguments of train.py, `--config FILE [key=value ...]`, or those of pipeline_train.py, which `splits`: there
+    the file has a default, and `--split CUTS` is another form of `pipeline.split=CUTS`."""
+    over = "split over several devices" if splits else "on one device or, under torchrun, on several"
+    parser = argparse.ArgumentParser(description=f"Train LoRA adapters on a model {over}.")
+    if splits:
+        parser.add_argument("--split", metavar="CUTS", help="sublayers where stages 1, 2, ... begin: 40 | 30,60 | auto")
+    add_config_arguments(parser, default="configs/35b.yaml" if splits else None)
     args = parser.parse_intermixed_args()
-    return load_config(args.config, args.overrides + ([] if args.split is None else [f"pipeline.split={args.split}"]))
+    cuts = [f"pipeline.split={args.split}"] if splits and args.split is not None else []
+    return load_config(args.config, args.overrides + cuts)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import train
 from data.batches import Microbatch, StepBatch
 from model.tiny.tokenizer import write_tokenizer
 from model.tiny.write import write_tiny
+from tests.processes import Run
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real rows and the Qwen3 tokenizer, where they are there
@@ -76,6 +76,15 @@ def chat_row(*contents, source="textbook", system=None):
 @pytest.fixture
 def make_row():
     return chat_row
+
+
+def pytest_collection_modifyitems(items):
+    """Each half of the tests begins with half of the slow ones: of two workers, which get a half each, none is left with a
+    slow test at the end."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    middle = (len(items) + 1) // 2 - len(slow[::2])
+    items[:] = [*slow[::2], *fast[:middle], *slow[1::2], *fast[middle:]]
 
 
 # A run that takes seconds
@@ -217,14 +226,12 @@ def edited_copy(tmp_path):
 
 
 @pytest.fixture
-def run_copy():
+def run_copy(tmp_path):
     """Runs train.py of a copy of the source in a process of its own; returns it when it has ended well."""
 
     def run(copy, config, *overrides):
-        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([sys.executable, str(copy / "train.py"), "--config", str(config), *overrides],
-                              env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
+        done = Run(copy / "train.py", "--config", config, *overrides, directory=tmp_path)
+        assert done.wait(240) == [0], done.said
         return done
 
     return run

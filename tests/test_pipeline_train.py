@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import pipeline_train
 from model.tiny.write import write_tiny
+from tests.processes import Run
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,10 +39,10 @@ def moe_config(write_config, tiny_35b):
     return write
 
 
-def torchrun(config, *arguments, processes=1, **pipes):
-    """`torchrun [--nproc-per-node N] pipeline_train.py --config FILE ...`, torch's own launcher."""
-    command = [sys.executable, "-m", "torch.distributed.run", *(["--nproc-per-node", str(processes)] if processes > 1 else []),
-               str(ROOT / "pipeline_train.py"), "--config", str(config), *arguments]
+def torchrun(config, *arguments, **pipes):
+    """`torchrun pipeline_train.py --config FILE ...`, torch's own launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", str(ROOT / "pipeline_train.py"), "--config", str(config),
+               *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": "0"}
     return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **pipes)
 
@@ -122,10 +123,9 @@ def test_the_35b_in_nf4_from_the_literal_command_killed_and_resumed_under_anothe
     assert re.search(r"1 +cpu \(rank 1\) +3 to 7 +[\d,]+ +[\d.]+ %", said)
     assert not (run_dir / "step-00000006").exists()
 
-    process = torchrun(config, "--split", "2,5", "run=split", "pipeline.schedule=1f1b", "train.router_stats=true",
-                       stdout=subprocess.PIPE)
-    output = process.communicate(timeout=90)[0]
-    assert process.returncode == 0 and "continuing from" in output and "with changed settings" not in output
+    run = Run(ROOT / "pipeline_train.py", "--config", config, "--split", "2,5", "run=split", "pipeline.schedule=1f1b",
+              "train.router_stats=true", ranks=3, directory=tmp_path)
+    assert run.wait() == [0, 0, 0] and "continuing from" in run.said and "with changed settings" not in run.said
     run_train(config, "train.router_stats=true", run="alone")
     routed = [[line for line in read_metrics(tmp_path / "checkpoints" / run) if "router" in line] for run in ("split", "alone")]
     assert len(routed[0]) >= 3 and list(routed[0][-1]["router"]) == list("0123") and routed[0][-1] == routed[1][-1]
@@ -167,9 +167,9 @@ def test_the_35b_in_int8_goes_from_train_py_to_a_pipeline_and_back(moe_config, r
             shutil.rmtree(runs / f"mixed/step-{step:08d}")
 
     forget(4, 6)
-    process = torchrun(config, "--split", "auto", "run=mixed", "pipeline.schedule=1f1b", processes=2, stdout=subprocess.PIPE)
-    output = process.communicate(timeout=90)[0]
-    assert process.returncode == 0 and "continuing from checkpoints/mixed/step-00000002" in output
+    run = Run(ROOT / "pipeline_train.py", "--config", config, "--split", "auto", "run=mixed", "pipeline.schedule=1f1b", ranks=2,
+              directory=tmp_path)
+    assert run.wait() == [0, 0] and "continuing from checkpoints/mixed/step-00000002" in run.said
     assert_same_run(tmp_path, read_metrics, "mixed", "alone", 1e-5)
     forget(2, 6)
     run_train(config, run="mixed")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.processes import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,60 +102,41 @@ def test_five_steps_in_a_row_that_are_not_finite_end_the_run(write_config, run_t
         run_train(write_config())
 
 
-def launch(config, *overrides, ranks=2, **kwargs):
-    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", str(ranks), "--standalone",
-               str(ROOT / "train.py"), "--config", str(config), *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **kwargs)
-
-
 @pytest.mark.slow
 def test_killed_at_any_step_and_run_again_a_run_is_the_uninterrupted_one(write_config, read_metrics, tmp_path):
     """Two ranks, int8 base, dropout, 8-bit optimizer; killed before the first checkpoint, after it, and after a resume."""
+    def start(run):
+        return Run(ROOT / "train.py", "--config", config, f"run={run}", ranks=2, directory=tmp_path)
+
     config = write_config(model__base="int8", lora__dropout=0.1, train__optimizer="adamw8bit", train__recompute=True)
-    process = launch(config, "run=whole", stdout=subprocess.DEVNULL)
-    assert process.wait(timeout=90) == 0
+    assert start("whole").wait() == [0, 0]
     whole = read_metrics(tmp_path / "checkpoints/whole")
 
     killed = tmp_path / "checkpoints/killed/metrics.jsonl"
     for num_lines in (3, 8, 12):
-        process = launch(config, "run=killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = start("killed")
         before = killed.read_text() if killed.exists() else None
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        while run.running and time.monotonic() < deadline:
             text = killed.read_text() if killed.exists() else ""
             if text != before and text.count("\n") >= num_lines:
                 break
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kill_stragglers(str(tmp_path))
+        run.kill()
         assert killed.read_text().count("\n") < len(whole), "killed too late to show anything"
-    process = launch(config, "run=killed", stdout=subprocess.PIPE)
-    output = process.communicate(timeout=90)[0]
-    assert process.returncode == 0 and "continuing from" in output
+    run = start("killed")
+    assert run.wait() == [0, 0] and "continuing from" in run.said
     assert read_metrics(tmp_path / "checkpoints/killed") == whole
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         paths = [tmp_path / f"checkpoints/{run}/step-00000010/{name}" for run in ("whole", "killed")]
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def kill_stragglers(marker):
-    """Workers have sessions of their own: what belongs to this test is told by its command line."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker in (process / "cmdline").read_bytes().decode(errors="replace"):
-                os.kill(int(process.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            continue
-
-
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_computes(write_config, run_train, read_metrics, tmp_path):
     config = write_config(train__epochs=1)
     alone = run_train(config, run="alone")
-    process = launch(config, "run=two", stdout=subprocess.DEVNULL)
-    assert process.wait(timeout=90) == 0
+    assert Run(ROOT / "train.py", "--config", config, "run=two", ranks=2, directory=tmp_path).wait() == [0, 0]
     two = read_metrics(tmp_path / "checkpoints/two")
     assert len(alone) == len(two)
     for a, b in zip(alone, two):
@@ -174,11 +156,14 @@ def test_two_ranks_compute_what_one_computes(write_config, run_train, read_metri
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_users_mistake_ends_in_one_line_without_a_traceback(write_config, ranks):
+def test_a_users_mistake_ends_in_one_line_without_a_traceback(write_config, tmp_path):
     config = write_config(data__train="no-such.jsonl")
-    process = launch(config, ranks=ranks, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = process.communicate(timeout=90)
-    assert process.returncode == 1 + (ranks == 1) or process.returncode == 2
-    assert "error: no-such.jsonl: No such file or directory" in errors
-    assert "Traceback" not in output + errors
+    alone = Run(ROOT / "train.py", "--config", config, directory=tmp_path)
+    assert alone.wait() == [2]
+    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", "2", "--standalone",
+               str(ROOT / "train.py"), "--config", str(config)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launched = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+    assert launched.returncode in (1, 2)
+    for said in (alone.said, launched.stdout + launched.stderr):
+        assert "error: no-such.jsonl: No such file or directory" in said and "Traceback" not in said

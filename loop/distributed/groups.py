@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loop.distributed.launch import die_with_parent
+from loop.distributed.launch import die_with_parent, launched_ranks
 from loop.distributed.watch import Watch
 
 Result = TypeVar("Result")
@@ -227,8 +227,3 @@ class Ranks(Place):
         if self.broadcast(failed).item():
             raise SystemExit(1)
         return result
-
-
-def launched_ranks() -> int:
-    """How many processes the launcher started for this run; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))

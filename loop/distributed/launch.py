@@ -12,6 +12,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from loop.config import PipelineConfig
 from loop.errors import ROOT
 
 SHUTDOWN_S = 5  # ranks that have not ended so many seconds after SIGTERM are killed; a stopped process never ends by itself
@@ -22,6 +23,43 @@ def die_with_parent(number: int) -> None:
     """Asks Linux to send this process signal `number` when its parent ends; does nothing on other systems."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def launched_ranks() -> int:
+    """How many processes the launcher started for this run; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_stages(config: PipelineConfig) -> int:
+    """The number of stages. Where one process was started for several, does not return: the process becomes their launcher."""
+    from torch.cuda import device_count
+
+    launched = launched_ranks()
+    num_stages, num_ranks = choose_ranks(config, launched, device_count())
+    if num_ranks > launched:
+        replicas = f" and {num_ranks // num_stages} replicas" if num_ranks > num_stages else ""
+        print(f"starting {num_ranks} processes, one for each of {num_stages} stages{replicas}", flush=True)
+        restart_as_ranks(num_ranks)
+    return num_stages
+
+
+def choose_ranks(config: PipelineConfig, world_size: int, num_gpus: int) -> tuple[int, int]:
+    """How many stages, and how many processes.
+
+    Several processes that a launcher started stay as they are. One process becomes one process a stage on the CPU, and
+    one a GPU where there are several GPUs, as far as they make whole replicas. On one GPU the model is not split.
+
+    Raises:
+        ValueError: more stages than GPUs.
+    """
+    if world_size > 1:
+        return config.num_stages(otherwise=world_size), world_size
+    if num_gpus == 1:
+        return 1, 1
+    num_stages = config.num_stages(otherwise=max(num_gpus, 2))
+    if num_gpus and num_stages > num_gpus:
+        raise ValueError(f"pipeline.split {config.split} makes {num_stages} stages, but {num_gpus} GPUs are visible")
+    return num_stages, max(num_gpus // num_stages, 1) * num_stages
 
 
 def restart_as_ranks(num_ranks: int) -> NoReturn:

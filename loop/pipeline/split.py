@@ -11,32 +11,13 @@ from typing import Any, Literal, Sequence
 from torch import nn
 
 from data.tokenized import TokenizedRows
-from loop.config import Config, PipelineConfig
+from loop.config import Config
 from model.build import FEED_FORWARD, GATES, skeleton
 from model.ops.gated_delta import CHUNK
 
 # bytes of a frozen weight: int8 with a scale a row; nf4 with double-quantized scales
 WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.516, "bf16": 2.0, "float32": 4.0}
 FLOAT32_BYTES = 4
-
-
-def choose_ranks(config: PipelineConfig, world_size: int, num_gpus: int) -> tuple[int, int]:
-    """How many stages, and how many processes.
-
-    Several processes that a launcher started stay as they are. One process becomes one process a stage on the CPU, and
-    one a GPU where there are several GPUs, as far as they make whole replicas. On one GPU the model is not split.
-
-    Raises:
-        ValueError: more stages than GPUs.
-    """
-    if world_size > 1:
-        return config.num_stages(otherwise=world_size), world_size
-    if num_gpus == 1:
-        return 1, 1
-    num_stages = config.num_stages(otherwise=max(num_gpus, 2))
-    if num_gpus and num_stages > num_gpus:
-        raise ValueError(f"pipeline.split {config.split} makes {num_stages} stages, but {num_gpus} GPUs are visible")
-    return num_stages, max(num_gpus // num_stages, 1) * num_stages
 
 
 def check_split(split: Sequence[int] | Literal["auto"], num_sublayers: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from itertools import combinations
@@ -25,6 +23,7 @@ from model.build import build
 from model.config import LoraConfig
 from model.stages import Stage
 from model.tiny.write import write_tiny
+from tests.processes import Run
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -231,16 +230,13 @@ def say(ranks: Ranks, line: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [3, 4])
-def test_every_cut_and_many_steps_across_processes(checkpoints, num_processes):
+def test_every_cut_and_many_steps_across_processes(checkpoints, num_processes, tmp_path):
     """2 to 4 stages under both schedules; also with replicas, with shapes that change from step to step, and with a
     replica that gets no microbatch."""
     root = checkpoints["llama"].parent
-    command = [sys.executable, "-m", "loop.distributed.launch", "--standalone", "--nproc-per-node", str(num_processes),
-               __file__, str(root)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = [line for line in done.stdout.splitlines() if "equal" in line]
+    run = Run(__file__, root, ranks=num_processes, directory=tmp_path)
+    assert run.wait(400) == [0] * num_processes, run.said[-4000:]
+    said = [line for line in run.said.splitlines() if "equal" in line]
     if num_processes == 3:
         assert said == [f"{kind}, 3 stages: 10 ways to cut are equal" for kind in SIZES]
     else:

@@ -21,12 +21,14 @@ START = ("    losses = []\n    for number, microbatch in enumerate(batch.microba
          "        with memory.during(\"forward\", number):\n            on_device, x_1TD = hidden_states(stage, microbatch)\n"
          "        with memory.during(\"loss\"")
 END = "        losses.append(loss.detach())\n"
+PRINT = "        print(\"MY LOSS\", float(loss), type(loss).__name__)\n"
+ASSERT = "        assert losses[0] > 1.5\n"  # what is read from a tensor is 1 or true in a plan
+GUARD = "        if torch.isnan(loss).any():\n            raise ValueError(\"not a number\")\n"
 EDITS = {  # of forward_backward, and whether the plan survives it
-    "prints": ([(END, END + "        print(\"MY LOSS\", float(loss), type(loss).__name__)\n")], True),
-    "guard": ([(END, END + "        if torch.isnan(loss).any():\n            raise ValueError(\"not a number\")\n")], False),
-    "assert": ([(END, END + "        assert losses[0] > 1.5\n")], True),  # what is read from a tensor is 1 or true there
-    "counter": ([("def forward_backward(", "COUNT = 0\n\n\ndef forward_backward("),
-                 (START, "    global COUNT\n    COUNT += 1\n    print(\"COUNT\", COUNT)\n" + START)], True),
+    "prints, assert, counter": (
+        [(END, END + PRINT + ASSERT), ("def forward_backward(", "COUNT = 0\n\n\ndef forward_backward("),
+         (START, "    global COUNT\n    COUNT += 1\n    print(\"COUNT\", COUNT)\n" + START)], True),
+    "guard": ([(END, END + GUARD)], False),
 }
 
 
@@ -50,12 +52,12 @@ def test_an_edit_of_the_loop_breaks_nothing_but_the_loop(write_config, edited_co
     rest = [line for line in lines if not any(line in of_kind for of_kind in said.values())]
     assert [line.split()[0] for line in rest] == ["40", "saved", "finished:"], "nothing else is on the console"
     assert len(said["planned"]) == survives and ("not planned" in said["compared"][0]) != survives
-    if edit == "prints":
-        assert said["printed"] and all(line.endswith("Tensor") and "Fake" not in line for line in said["printed"])
-    elif edit == "counter":
-        assert said["printed"] == ["COUNT 1", "COUNT 2", "COUNT 3"], "those of the plan are its own"
-    else:
+    counted, printed = ([line for line in said["printed"] if line.startswith(word)] for word in ("COUNT", "MY LOSS"))
+    if edit == "guard":
         assert not said["printed"]
+    else:
+        assert counted == ["COUNT 1", "COUNT 2", "COUNT 3"], "those of the plan are its own"
+        assert printed and all(line.endswith("Tensor") and "Fake" not in line for line in printed)
     assert "Traceback" not in done.stderr and "Fake" not in done.stderr
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from data.batches import Microbatch, StepBatch
-from loop.config import PipelineConfig, load_config, parse_pipeline_command_line
+from loop.config import PipelineConfig, load_config, parse_command_line
 from loop.distributed.groups import Ranks
+from loop.distributed.launch import choose_ranks
 from loop.distributed.watch import Watch
 from loop.memory.phases import Memory
 from loop.metrics import RunLog
 from loop.pipeline.gpipe import Pipeline
-from loop.pipeline.split import Cost, RowLengths, balance, check_split, choose_ranks, sublayer_costs, table
+from loop.pipeline.split import Cost, RowLengths, balance, check_split, sublayer_costs, table
 from loop.pipeline.timeline import busy_and_idle, draw, write
 from loop.plan.fakes import nothing_sent, pretended_group
 from model.build import build, skeleton
@@ -38,7 +39,7 @@ def test_split_is_read_from_the_file_the_flag_and_overrides(write_config, monkey
     for text, expected in (("40", [40]), ("30,60", [30, 60]), ("[30, 60]", [30, 60]), ("auto", "auto")):
         assert load_config(config, [f"pipeline.split={text}"]).pipeline.split == expected
         monkeypatch.setattr(sys, "argv", ["pipeline_train.py", "--split", text, "--config", str(config), "run=other"])
-        parsed = parse_pipeline_command_line()
+        parsed = parse_command_line(splits=True)
         assert parsed.pipeline.split == expected and parsed.run == "other"
     for text in ("half", "4.5", "", "3,,4"):
         with pytest.raises(ValueError, match="expected sublayer numbers such as 40 or 30,60, or auto"):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from loop.config import load_config
 from loop.memory.phases import GIB
 from loop.plan import __main__ as plan
 from model.tiny.write import write_tiny
+from tests.processes import Run
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,13 +65,10 @@ def test_so_do_two_ranks(write_config, monkeypatch, tiny_models, tmp_path, kind,
     config = write_config(train__max_steps=4, eval__max_rows=4)
     arguments = [*program[1:], "--config", str(config), f"model.path={tiny_models[kind]}", "model.base=nf4",
                  "train.microbatch_tokens=256"]
-    command = [sys.executable, "-m", "loop.distributed.launch", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / program[0]), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env={
-        "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
+    run = Run(ROOT / program[0], *arguments, ranks=2, directory=tmp_path)
+    assert run.wait() == [0, 0], run.said
     split = [] if "--split" in arguments else ["--split", "none"]
-    off = percent_off(monkeypatch, done.stdout, *arguments, *split)
+    off = percent_off(monkeypatch, run.said, *arguments, *split)
     assert len(off) == 2 and all(abs(percent) <= 3 for percent in off)
 
 
