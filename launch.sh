@@ -91,7 +91,8 @@ EOF
       shift
       set -- -m "not slow" "$@"
     fi
-    .venv/bin/python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist worksteal "$@"
+    # one worker more than there are cores: some tests wait for processes that they have started
+    .venv/bin/python -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --dist worksteal "$@"
     ;;
   4b | 35b)
     config=configs/$command.yaml

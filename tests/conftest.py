@@ -79,12 +79,16 @@ def make_row():
 
 
 def pytest_collection_modifyitems(items):
-    """Each half of the tests begins with half of the slow ones: of two workers, which get a half each, none is left with a
-    slow test at the end."""
+    """Each worker gets a part of the tests that begins with its share of the slow ones, so that none ends with a slow one."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     slow = [item for item in items if item.get_closest_marker("slow")]
     fast = [item for item in items if not item.get_closest_marker("slow")]
-    middle = (len(items) + 1) // 2 - len(slow[::2])
-    items[:] = [*slow[::2], *fast[:middle], *slow[1::2], *fast[middle:]]
+    ordered = []
+    for worker in range(num_workers):
+        ordered += slow[worker::num_workers]
+        while fast and len(ordered) < len(items) * (worker + 1) // num_workers:
+            ordered.append(fast.pop(0))
+    items[:] = ordered + fast
 
 
 # A run that takes seconds
