@@ -16,6 +16,7 @@ if __name__ == "__main__":  # mistyped settings are answered, and the other rank
 from loop.fit import fit
 from loop.memory.phases import Memory
 from loop.out_of_memory import reporting
+from loop.paths import prove
 from loop.pipeline.gpipe import passes
 from loop.pipeline.split import check_split, choose_split, table
 from loop.planned import Plan
@@ -33,6 +34,7 @@ def main() -> None:
     else:
         ranks.on_main(lambda: check_split(config.pipeline.split, 2 * text_config(model_dir).num_hidden_layers))
     ranks.on_main(lambda: prepare_directory(config, log.say))
+    prove(config, model_dir, ranks, log.say)  # that what runs fast here computes right
 
     batches, held_out = load_batches(config, model_dir, ranks)
     ranks.split, costs = choose_split(config, model_dir, batches.rows, num_stages)

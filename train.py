@@ -18,6 +18,7 @@ from loop import accumulate
 from loop.fit import fit
 from loop.memory.phases import Memory
 from loop.out_of_memory import reporting
+from loop.paths import prove
 from loop.planned import Plan
 from loop.run import finish, headline, load_batches, load_state, prepare_directory, start
 from loop.state import resume
@@ -27,6 +28,7 @@ def main() -> None:
     config = parse_command_line()
     ranks, model_dir, log = start(config)
     ranks.on_main(lambda: prepare_directory(config, log.say))
+    prove(config, model_dir, ranks, log.say)  # that what runs fast here computes right
 
     batches, held_out = load_batches(config, model_dir, ranks)
     plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one

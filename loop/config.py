@@ -60,6 +60,7 @@ class TrainConfig(Section):
     seed: int = 42
     deterministic: bool = False  # makes repeated runs on a GPU bit-equal, and slower; on the CPU they always are
     router_stats: bool = False  # record each step how evenly every layer's routed experts were used
+    fast_paths: Literal["auto", "off", "require"] = "auto"  # switch off those that fail at the start, or all; or fail with them
     plan: bool = True  # forecast the run's memory in another process, and compare at the end
     memory_trace: int | None = None  # optimizer step whose allocations are written as a page into the run's directory
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loop.distributed.groups import Ranks
+from model.devices import OFF
 
 BUCKET_NUMEL = 16 * 2**20  # gradients are summed in buckets of 64 MiB: few messages, little memory
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -21,7 +22,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or AdamW of bitsandbytes with 8-bit moments (Dettmers et al. 2022)."""
     group: list[dict[str, Any]] = [{"params": list(parameters)}]  # torch refuses an empty list, but not an empty group
-    optimizer = bnb.optim.AdamW8bit if name == "adamw8bit" else torch.optim.AdamW
+    optimizer = bnb.optim.AdamW8bit if name == "adamw8bit" and name not in OFF else torch.optim.AdamW
     return optimizer(group, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
 
 

@@ -17,6 +17,7 @@ from loop.config import Config, to_yaml
 from loop.distributed.groups import Ranks
 from loop.errors import ROOT
 from loop.memory.phases import GIB
+from model.devices import OFF
 
 NICENESS = 10
 LIMIT_S = 600
@@ -31,7 +32,7 @@ def start_process(config: Config, ranks: Ranks, *arguments: str) -> subprocess.P
     """Starts `loop.plan` for a run. The process prints to this one alone, sees no GPU, and ends when this one ends."""
     command = [sys.executable, "-m", "loop.plan", "--config", "/dev/stdin", "--json", "--device", ranks.device.type,
                "--ranks", str(ranks.world_size), "--split", ",".join(map(str, ranks.split)) or "none",
-               "--beside", str(os.getpid()), *arguments]
+               "--beside", str(os.getpid()), "--without", ",".join(sorted(OFF)), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
                     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}

@@ -14,6 +14,7 @@ from data.batches import Batches
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
 from loop.distributed.groups import Ranks
+from loop.errors import ROOT
 from loop.memory.phases import Memory
 from loop.metrics import LoadingBar, RunLog
 from loop.optim import make_optimizer
@@ -21,8 +22,9 @@ from loop.planned import Plan, measured_gib
 from loop.state import State, course
 from model.build import build_empty
 from model.moe.usage import start_counting
-from model.weights.fetch import model_directory
+from model.weights.fetch import from_cache, model_directory
 
+SHAPES = ROOT / "configs/models"  # config.json of the models that the configurations name
 LOCK = ".lock"
 LOCKS: dict[Path, TextIO] = {}  # by the directory that this process has locked; kept open until the process ends
 
@@ -63,6 +65,28 @@ def prepare_directory(config: Config, say: Callable[[str], None]) -> None:
         say(f"resume=never: the earlier run is now {aside}")
         del LOCKS[run_dir.resolve()]
         prepare_directory(config, say)
+
+
+def find_model(path: str) -> tuple[Path, bool]:
+    """Where the model's shapes are, and whether its weights are there too.
+
+    Raises:
+        ValueError: the shapes are neither in a directory, nor in the cache, nor built in.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir() or directory.suffix == ".json":
+        return directory, bool(list(directory.glob("*.safetensors")))
+    if path.count("/") <= 1 and not path.startswith((".", "/", "~")):
+        for weights in (True, False) if "/" in path else ():
+            cached = from_cache(path, weights)
+            if cached is not None and (cached / "config.json").is_file():
+                return cached, weights
+        built_in = SHAPES / f"{directory.name}.json"
+        if built_in.is_file():
+            return built_in, False
+    known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
+    raise ValueError(f"model.path: {path}: no such directory, and not in the cache. Give the directory of a config.json, or "
+                     f"one of those whose shapes are built in: {known}")
 
 
 def load_tokenizer(model_dir: Path) -> Any:

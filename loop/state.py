@@ -22,7 +22,7 @@ from model.stages import Stage
 DECISIVE = ("model.", "lora.", "data.", "train.", "eval.")  # sections whose settings decide a run's results
 # settings of these sections that may change when a run is resumed: the results differ by rounding only, at dropout 0
 FREE = ("train.microbatch_tokens", "train.recompute", "train.keep_layers", "train.deterministic", "train.router_stats",
-        "train.plan", "train.memory_trace", "data.train", "data.eval", "eval.every")
+        "train.plan", "train.fast_paths", "train.memory_trace", "data.train", "data.eval", "eval.every")
 
 
 @dataclass

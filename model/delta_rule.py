@@ -1,76 +1,94 @@
 """The gated delta rule over a packed stream, each row separately: a causal convolution, then a recurrent state.
-With flash-linear-attention the rule takes the memory of transformers' module. Without, the backward pass keeps q, k and v after
-the convolution, the gate, and the outputs of rule and norm; padding makes each of these up to a third larger."""
+Keeps q, k and v after the convolution, the gate, and the output of the rule for the backward pass. With flash-linear-attention
+on a GPU also its normalized copies; without, in this project's own functions, padding makes q, k and v up to a third larger.
+"""
 
 from __future__ import annotations
 
 import inspect
-import sys
-from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
-from typing import Any, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from model.mixers import GAP, Segments
+from model.devices import OFF, on_gpu
+from model.mixers import Segments
 from model.ops.gated_delta import CHUNK, gated_delta_rule
 
-# T tokens of the stream, D hidden size, R segments, X positions of the stream with gaps; of a padded batch: B rows,
-# L positions, C channels of queries, keys and values side by side, H value heads, V their size, W width of the convolution
+# T tokens of the stream, D hidden size, R segments; of a padded batch: B rows, L positions; C channels of queries, keys and
+# values side by side, H value heads, G key heads, V and K their sizes, W width of the convolution, N positions near a bound
 
 PADDED_SHARE = 0.75  # no segment of a padded batch is shorter than this share of the longest
+FIRST_FLA = Version("0.6.0")  # older kernels race on Blackwell
+HOPPER, WRONG_ON_HOPPER = 9, (Version("3.4.0"), Version("3.7.1"))  # from, and before: Triton's gradients are wrong there
 
 
 def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
-    """transformers' gated delta rule, applied to each segment separately: [1, T, D].
+    """The output [1, T, D] of transformers' gated delta rule, computed with its parameters for each segment separately.
 
-    On CUDA with flash-linear-attention transformers' module runs once over the whole stream. Otherwise this project's
-    own functions run over padded batches of segments.
+    On a GPU with flash-linear-attention by one kernel over the whole stream (the fast path "delta_rule"), else by this
+    project's own functions over padded batches of segments, the reference.
     """
-    if x_1TD.is_cuda and has_delta_kernels():
-        return delta_rule_with_gaps(module, x_1TD, segments)
-    return delta_rule_in_batches(module, x_1TD, segments)
+    assert module.activation == "silu" and module.conv1d.bias is None
+    qkv_1TC, z_1TX = module.in_proj_qkv(x_1TD), module.in_proj_z(x_1TD)
+    beta_1TH = module.in_proj_b(x_1TD).sigmoid()
+    g_1TH = -module.A_log.float().exp() * F.softplus(module.in_proj_a(x_1TD).float() + module.dt_bias)
+    o_1THV = mixed(qkv_1TC, g_1TH, beta_1TH, module.conv1d.weight, module.num_k_heads, module.head_k_dim, segments)
+    return module.out_proj(module.norm(o_1THV, z_1TX.view(o_1THV.shape)).flatten(2))
 
 
-def delta_rule_with_gaps(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
-    """Runs transformers' module once over the stream, with GAP zeros behind each segment.
-
-    The kernel starts a new recurrent state at each segment, but some convolutions that transformers may choose look
-    back into the segment before. The convolution looks back at most GAP positions, so at the head of a segment it sees
-    zeros, as it would see padding. The outputs at the zeros are dropped.
-    """
-    assert module.conv_kernel_size <= GAP + 1
-    place_T, cu_seqlens_R1 = segments.with_gaps
-    wide_1XD = x_1TD.new_zeros(1, x_1TD.shape[1] + GAP * len(segments.lengths), x_1TD.shape[2])
-    wide_1XD = module(wide_1XD.index_copy(1, place_T, x_1TD), cu_seq_lens_q=cu_seqlens_R1)
-    return wide_1XD.index_select(1, place_T)
+def mixed(
+    qkv_1TC: Tensor, g_1TH: Tensor, beta_1TH: Tensor, weight_C1W: Tensor, key_heads: int, key_size: int, segments: Segments
+) -> Tensor:
+    """Convolution and rule: [1, T, H, V] from queries, keys and values side by side, log decays and betas."""
+    rule = rule_over_stream if takes_kernel(qkv_1TC) else rule_in_batches
+    return rule(qkv_1TC, g_1TH, beta_1TH, weight_C1W, key_heads, key_size, segments)
 
 
-def delta_rule_in_batches(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
-    """Runs over batches of segments of similar length. Padding follows a row, and no position looks ahead to it."""
-    x_RD = x_1TD[0].split(segments.lengths)
-    outputs: list[Tensor] = list(x_RD)
+def rule_in_batches(
+    qkv_1TC: Tensor, g_1TH: Tensor, beta_1TH: Tensor, weight_C1W: Tensor, key_heads: int, key_size: int, segments: Segments
+) -> Tensor:
+    """Convolution and rule over batches of segments of similar length: [1, T, H, V]. Padding follows a row, and no position
+    looks ahead to it."""
+    stream_RLX = [x[0].split(segments.lengths) for x in (qkv_1TC, g_1TH, beta_1TH)]
+    outputs: list[Any] = [None] * len(segments.lengths)
     for batch in similar(segments.lengths):
-        y_BLD = padded_delta_rule(module, pad_sequence([x_RD[r] for r in batch], batch_first=True))
-        for r, y_LD in zip(batch, y_BLD):
-            outputs[r] = y_LD[: segments.lengths[r]]
+        qkv_BLC, g_BLH, beta_BLH = (pad_sequence([x[r] for r in batch], batch_first=True) for x in stream_RLX)
+        o_BLHV = gated_delta_rule(CausalConvolution.apply(qkv_BLC, weight_C1W), g_BLH, beta_BLH, key_heads, key_size)
+        for r, o_LHV in zip(batch, o_BLHV):
+            outputs[r] = o_LHV[: segments.lengths[r]]
     return torch.cat(outputs)[None]
 
 
-def padded_delta_rule(module: Any, x_BLD: Tensor) -> Tensor:
-    """The output of transformers' module, computed with its parameters, but with less kept for the backward pass."""
-    assert module.activation == "silu" and module.conv1d.bias is None
-    qkv_BLC = CausalConvolution.apply(module.in_proj_qkv(x_BLD), module.conv1d.weight)
-    z_BLHV = module.in_proj_z(x_BLD).unflatten(2, (module.num_v_heads, module.head_v_dim))
-    beta_BLH = module.in_proj_b(x_BLD).sigmoid()
-    g_BLH = -module.A_log.float().exp() * F.softplus(module.in_proj_a(x_BLD).float() + module.dt_bias)
-    o_BLHV = gated_delta_rule(qkv_BLC, g_BLH, beta_BLH, module.num_k_heads, module.head_k_dim)
-    return module.out_proj(module.norm(o_BLHV, z_BLHV).flatten(2))
+def rule_over_stream(
+    qkv_1TC: Tensor, g_1TH: Tensor, beta_1TH: Tensor, weight_C1W: Tensor, key_heads: int, key_size: int, segments: Segments
+) -> Tensor:
+    """Convolution and rule over the whole stream; both know where segments begin: [1, T, H, V]."""
+    qkv_1TC = F.silu(StreamConvolution.apply(qkv_1TC, weight_C1W, segments.cu_seqlens_R1))
+    num_keys = key_heads * key_size
+    q, k, v = qkv_1TC.split([num_keys, num_keys, qkv_1TC.shape[2] - 2 * num_keys], dim=2)
+    q_1TGK, k_1TGK = (x.unflatten(2, (key_heads, key_size)) for x in (q, k))
+    return kernel(q_1TGK, k_1TGK, v.unflatten(2, (g_1TH.shape[2], -1)), g_1TH, beta_1TH, segments)
+
+
+def kernel(
+    q_1TGK: Tensor, k_1TGK: Tensor, v_1THV: Tensor, g_1TH: Tensor, beta_1TH: Tensor, segments: Segments
+) -> Tensor:
+    """The rule by flash-linear-attention, called directly: transformers' choice of an implementation has no say here."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    assert inspect.unwrap(chunk_gated_delta_rule).__module__.startswith("fla.ops."), "another function took the kernel's place"
+    cu_seqlens_R1, on_cpu_R1 = segments.for_kernels
+    output_1THV: Tensor = chunk_gated_delta_rule(
+        q_1TGK, k_1TGK, v_1THV, g_1TH, beta_1TH, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens_R1,
+        cu_seqlens_cpu=on_cpu_R1)[0]
+    return output_1THV
 
 
 class CausalConvolution(torch.autograd.Function):
@@ -86,6 +104,42 @@ class CausalConvolution(torch.autograd.Function):
     def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor, None]:
         (weight_C1W,) = ctx.saved_tensors
         return convolve(dy_BLC, weight_C1W.flip(2))[:, weight_C1W.shape[2] - 1 :], None
+
+
+class StreamConvolution(torch.autograd.Function):
+    """CausalConvolution of each segment of a stream. The whole stream is convolved at once, and the few positions whose
+    window reaches into another segment are computed again without the part that lies there."""
+
+    @staticmethod
+    def forward(ctx: Any, x_1TC: Tensor, weight_C1W: Tensor, cu_seqlens_R1: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_C1W, cu_seqlens_R1)
+        back = weight_C1W.shape[2] - 1
+        y_1TC = convolve(x_1TC, weight_C1W)[:, : x_1TC.shape[1]]
+        start_R1, stop_R1 = cu_seqlens_R1[:-1, None], cu_seqlens_R1[1:, None]
+        place_RN = torch.minimum(start_R1 + torch.arange(back, device=x_1TC.device), stop_R1 - 1)  # the first of each segment
+        return within(y_1TC, x_1TC, weight_C1W, place_RN, place_RN[..., None] - back, start_R1, stop_R1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_1TC: Tensor) -> tuple[Tensor, None, None]:
+        weight_C1W, cu_seqlens_R1 = ctx.saved_tensors
+        flipped_C1W, back = weight_C1W.flip(2), weight_C1W.shape[2] - 1
+        dx_1TC = convolve(dy_1TC, flipped_C1W)[:, back:]
+        start_R1, stop_R1 = cu_seqlens_R1[:-1, None], cu_seqlens_R1[1:, None]
+        place_RN = torch.maximum(stop_R1 - 1 - torch.arange(back, device=dy_1TC.device), start_R1)  # the last of each segment
+        return within(dx_1TC, dy_1TC, flipped_C1W, place_RN, place_RN[..., None], start_R1, stop_R1), None, None
+
+
+def within(
+    y_1TC: Tensor, x_1TC: Tensor, weight_C1W: Tensor, place_RN: Tensor, first_RN1: Tensor, start_R1: Tensor, stop_R1: Tensor
+) -> Tensor:
+    """Computes the positions `place_RN` of y again, each from the part of its window, which begins at `first_RN1`, that lies
+    in its own segment. A place may occur twice, and then has the same value twice."""
+    source_RNW = first_RN1 + torch.arange(weight_C1W.shape[2], device=x_1TC.device)
+    inside_RNW = (source_RNW >= start_R1[..., None]) & (source_RNW < stop_R1[..., None])
+    x_RNWC = x_1TC[0][source_RNW.clamp(0, x_1TC.shape[1] - 1)] * inside_RNW[..., None]
+    y_RNC = (x_RNWC.float() * weight_C1W[:, 0].T.float()).sum(2).to(y_1TC.dtype)
+    return y_1TC.index_copy(1, place_RN.flatten().long(), y_RNC.flatten(0, 1)[None])
 
 
 def convolve(x_BLC: Tensor, weight_C1W: Tensor) -> Tensor:
@@ -109,27 +163,25 @@ def padded_positions(lengths: tuple[int, ...]) -> int:
     return sum(len(batch) * -(-max(lengths[r] for r in batch) // CHUNK) * CHUNK for batch in similar(lengths))
 
 
+def takes_kernel(tensor: Tensor) -> bool:
+    """Whether `rule_over_stream` is taken."""
+    return "delta_rule" not in OFF and on_gpu(tensor) and not why_no_kernel(
+        torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else None)
+
+
 @cache
-def has_delta_kernels() -> bool:
-    """Whether flash-linear-attention can be imported; if so, transformers uses it too."""
-    try:
-        return hasattr(import_module("fla.ops.gated_delta_rule"), "chunk_gated_delta_rule")
-    except Exception:  # as in transformers: triton or the driver may raise anything
-        return False
+def why_no_kernel(generation: int | None) -> str:
+    """Why flash-linear-attention cannot be used on a GPU, in words; "" if it can.
 
-
-@contextmanager
-def reference_on_cpu(model: Any) -> Iterator[None]:
-    """Lets transformers' modules of a model on a CPU compute with torch alone, so that they can generate text. Where
-    flash-linear-attention is installed, transformers chooses it on import for all devices, although it needs a GPU."""
-    modules = {sys.modules[type(layer.linear_attn).__module__] for layer in model.model.layers if hasattr(layer, "linear_attn")}
-    chosen = [(module, name, getattr(module, name)) for module in modules if not next(model.parameters()).is_cuda
-              for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn", "torch_recurrent_gated_delta_rule",
-                           "causal_conv1d_update") if hasattr(module, name)]
-    for module, name, function in chosen:
-        setattr(module, name, inspect.unwrap(function))
+    Args:
+        generation: the first number of the card's compute capability, such as 9 for Hopper; None for a card that is not here.
+    """
     try:
-        yield
-    finally:
-        for module, name, function in chosen:
-            setattr(module, name, function)
+        fla, triton = Version(version("fla-core")), Version(version("triton"))
+    except PackageNotFoundError as error:
+        return f"{error.name} is not installed"
+    if fla < FIRST_FLA:
+        return f"flash-linear-attention is {fla}, at least {FIRST_FLA} is needed"
+    if generation == HOPPER and WRONG_ON_HOPPER[0] <= triton < WRONG_ON_HOPPER[1]:
+        return f"Triton {triton} computes wrong gradients on this card; {WRONG_ON_HOPPER[1]} or later is needed"
+    return ""

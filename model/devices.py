@@ -1,5 +1,6 @@
-"""Chooses between the CPU's and the GPU's code path for a tensor. Normally the tensor's own device decides.
-While loop/plan/rehearsal.py makes a memory plan with fake CPU tensors, the device that is planned for decides."""
+"""Chooses between code paths: the CPU's or the GPU's, a fast path or its plain reference.
+Normally a tensor's own device decides, but in a memory plan, whose fake tensors are on the CPU, the device planned for. Every
+fast path is taken unless this process has switched it off, which loop/paths.py does where the path computes wrong numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Iterator
 from torch import Tensor
 
 PLANNED: list[str] = []  # the device type that a plan is made for; empty while there is no plan
+OFF: set[str] = set()  # fast paths that this process does not take, by their names in loop/paths.py
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -24,3 +26,15 @@ def planning_for(device_type: str) -> Iterator[None]:
         yield
     finally:
         PLANNED.pop()
+
+
+@contextmanager
+def without(path: str) -> Iterator[None]:
+    """While the context lasts, a fast path is off, and its plain reference is taken."""
+    was_off = path in OFF
+    OFF.add(path)
+    try:
+        yield
+    finally:
+        if not was_off:
+            OFF.discard(path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import LoraConfig
+from model.devices import OFF, on_gpu
 from model.moe.experts import FrozenExperts, LoraExperts
 from model.quant import FrozenLinear
 
@@ -67,9 +68,9 @@ class LoraMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy_XO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, h_TK, a_KI, b_OK, keep_XI = ctx.saved_tensors
         dy_TO = dy_XO.reshape(-1, dy_XO.shape[-1])
-        db_OK = (dy_TO.T @ h_TK).float().mul_(ctx.scaling)
+        db_OK = product_in_float32(dy_TO.T, h_TK).mul_(ctx.scaling)
         dh_TK = (dy_TO @ b_OK.to(dy_TO.dtype)).mul_(ctx.scaling)
-        da_KI = (dh_TK.T @ drop(x_TI, keep_XI, ctx.dropout)).float()
+        da_KI = product_in_float32(dh_TK.T, drop(x_TI, keep_XI, ctx.dropout))
         dx_XI = None
         if ctx.needs_input_grad[0]:  # the first layer's input needs no gradient
             dx_TI = dy_TO @ ctx.base.dequantize()
@@ -79,6 +80,14 @@ class LoraMatmul(torch.autograd.Function):
                 dx_TI += drop(dh_TK @ a_KI.to(dy_TO.dtype), keep_XI, ctx.dropout)
             dx_XI = dx_TI.view(ctx.shape)
         return dx_XI, da_KI, db_OK, None, None, None, None
+
+
+def product_in_float32(a_KT: Tensor, b_TI: Tensor) -> Tensor:
+    """a @ b in float32. On a GPU the sum over all tokens is never rounded to half precision (the fast path "lora_gradients"),
+    on the CPU once at its end."""
+    if on_gpu(a_KT) and a_KT.dtype != torch.float32 and "lora_gradients" not in OFF:
+        return torch.mm(a_KT, b_TI, out_dtype=torch.float32)
+    return (a_KT @ b_TI).float()
 
 
 def drop(x_TI: Tensor, keep_XI: Tensor | None, dropout: float) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from model.devices import on_gpu
+from model.devices import OFF, on_gpu
 
 # T tokens of the stream, R segments, H query heads, G key/value heads, E head size
 
-GAP = 7  # zeros behind each segment, so that no convolution sees the segment before; Qwen3.5's looks back 3
 PACKED = "packed"  # the name by which build.py asks transformers for `packed_attention`
 
 
@@ -29,12 +29,10 @@ class Segments:
     lengths: tuple[int, ...]
 
     @cached_property
-    def with_gaps(self) -> tuple[Tensor, Tensor]:
-        """For a stream with GAP zeros behind each segment: the new place [T] of each token, and the new bounds [R + 1]."""
-        number_R1 = torch.arange(len(self.lengths) + 1, device=self.cu_seqlens_R1.device)
-        number_T = number_R1[:-1].repeat_interleave(self.cu_seqlens_R1.diff(), output_size=sum(self.lengths))
-        place_T = torch.arange(len(number_T), device=number_T.device) + GAP * number_T
-        return place_T, self.cu_seqlens_R1 + GAP * number_R1.int()
+    def for_kernels(self) -> tuple[Tensor, Tensor]:
+        """`cu_seqlens_R1` in int64, on its device and on the CPU. Made once: flash-linear-attention keeps what it computes
+        for a tensor, and would wait for the device to read one that is not on the CPU."""
+        return self.cu_seqlens_R1.long(), torch.tensor([0, *accumulate(self.lengths)])
 
 
 def packed_attention(
@@ -43,12 +41,13 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment; called by transformers' attention modules.
 
-    On a GPU in half precision one call of flash attention for the whole stream, else one call for each segment.
+    On a GPU in half precision one call of flash attention for the whole stream (the fast path "attention"), else one call
+    for each segment.
 
     Returns:
         Output [1, T, H, E], and None in place of the attention weights.
     """
-    if on_gpu(q_1HTE) and q_1HTE.dtype != torch.float32:
+    if on_gpu(q_1HTE) and q_1HTE.dtype != torch.float32 and "attention" not in OFF:
         return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
     return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths), None
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
-from model.devices import on_gpu
+from model.devices import OFF, on_gpu
 
 # O output features, I input features, R rows of a weight, X any leading dimensions
 
@@ -96,8 +96,7 @@ class Int8Linear(FrozenLinear):
         self.weight[start:stop], self.scale_O[start:stop] = quantize_int8(rows_RI.to(self.weight.device))
 
     def dequantize(self) -> Tensor:
-        weight_OI = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
-        return torch.mul(self.weight, self.scale_O[:, None], out=weight_OI)  # rounds once, to the compute dtype
+        return dequantize_int8(self.weight, self.scale_O, self.dtype)
 
 
 class Nf4Linear(FrozenLinear):
@@ -146,7 +145,30 @@ class Nf4Linear(FrozenLinear):
 
     def dequantize(self) -> Tensor:
         assert self.state is not None, "not all rows were put"
+        if "nf4" in OFF:
+            state, scales = self.state, self.state.state2
+            absmax = plain_blockwise(state.absmax, scales.absmax, scales.code) + state.offset
+            return plain_nf4(self.packed, absmax, self.dtype)[: self.out_features * self.in_features].view(state.shape)
         return bnb.dequantize_4bit(self.packed, self.state)
+
+
+def dequantize_int8(weight_XI: Tensor, scale_X: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row times its scale, rounded once, to `dtype`; the fast path "int8" makes no float32 copy in between."""
+    if "int8" in OFF:
+        return (weight_XI.float() * scale_X[..., None]).to(dtype)
+    return torch.mul(weight_XI, scale_X[..., None], out=torch.empty(weight_XI.shape, dtype=dtype, device=weight_XI.device))
+
+
+def plain_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dequantizes flat nf4 weights, two a byte, the first in the high half; the reference for bitsandbytes' kernel."""
+    code = bnb.get_4bit_type("nf4", device=packed.device)
+    weights = code[torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().int()]
+    return weights.mul_(absmax.repeat_interleave(NF4_BLOCK)[: len(weights)]).to(dtype)
+
+
+def plain_blockwise(quantized: Tensor, scales: Tensor, code: Tensor) -> Tensor:
+    """Dequantizes absmax values of nf4 blocks; the reference for `bitsandbytes.functional.dequantize_blockwise`."""
+    return code[quantized.int()] * scales.repeat_interleave(ABSMAX_BLOCK)[: len(quantized)]
 
 
 def quantize_nf4(weights: Tensor) -> tuple[Tensor, Tensor]:

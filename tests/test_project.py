@@ -16,9 +16,9 @@ FLOORS = [
     {"errors", "config", "checkpoint", "curves"},
     {"distributed"},
     {"memory", "optim"},
-    {"accumulate", "evaluate", "metrics", "state", "planned"},
+    {"accumulate", "evaluate", "metrics", "state", "planned", "paths"},
     {"fit", "pipeline", "run"},
-    {"plan", "review", "inspect", "out_of_memory"},
+    {"plan", "review", "check", "inspect", "out_of_memory"},
 ]
 TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 SOURCES = [ROOT / name for name in TRACKED if (ROOT / name).exists()]

@@ -72,7 +72,7 @@ class Ranks(Place):
 
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
-    replica_group: dist.ProcessGroup | None = None  # the stages of this rank's replica; None if the model has one stage
+    replica_group: dist.ProcessGroup | None = None  # the stages of this rank's replica; None for all ranks
     stage_group: dist.ProcessGroup | None = None  # the ranks that hold this rank's stage; None for all ranks
     watch: Watch = field(default_factory=Watch)
 
@@ -100,10 +100,8 @@ class Ranks(Place):
                     f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}"
                 )
             device = torch.device("cuda", local_rank)
+            configure_cuda(deterministic)
             torch.cuda.set_device(device)
-            if deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
         return cls(int(os.environ.get("RANK", 0)), world_size, num_stages, local_rank=local_rank, device=device)
 
     def connect(self, timeout_s: int) -> None:
@@ -123,8 +121,9 @@ class Ranks(Place):
             self.make_groups(timeout)
 
     def make_groups(self, timeout: timedelta) -> None:
-        """Makes the groups of stages and of replicas; all ranks must be connected."""
-        if self.num_stages > 1:
+        """Makes the groups of stages and of replicas where each is a part of all ranks; all ranks must be connected. A group
+        of one rank would take a communicator's memory on the GPU for nothing."""
+        if self.num_stages > 1 and self.num_replicas > 1:
             ranks = torch.arange(self.world_size).view(self.num_replicas, self.num_stages)
             self.replica_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
             self.stage_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
@@ -227,3 +226,14 @@ class Ranks(Place):
         if self.broadcast(failed).item():
             raise SystemExit(1)
         return result
+
+
+def configure_cuda(deterministic: bool) -> None:
+    """Sets what torch reads when it first uses a GPU; settings that the user has made stay."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name
+        # microbatches differ in length from step to step, which would leave gaps that no later tensor fits into
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # else dequantized weights are filled first

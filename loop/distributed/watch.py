@@ -12,6 +12,8 @@ import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
+from torch.distributed import DistError
+
 from loop.errors import is_out_of_memory
 
 INTERVAL_S = 0.5
@@ -29,6 +31,7 @@ class Watch:
         self.name, self.limit_s = "", 0.0
         self.awaited: Callable[[], str] | None = None  # says what this rank waits for; None while the rank computes
         self.since = 0.0  # when the rank began to wait
+        self.queued = False  # whether the message is only queued on a GPU, while this process goes on
         self.lock = threading.Lock()
 
     def start(self, name: str, timeout_s: int) -> None:
@@ -53,9 +56,9 @@ class Watch:
             if self.awaited is not None and time.monotonic() - self.since > self.limit_s:
                 self.end(f"no answer in {self.limit_s:.0f} s (see distributed.timeout_s)")
 
-    def begin(self, awaited: Callable[[], str]) -> None:
+    def begin(self, awaited: Callable[[], str], queued: bool = False) -> None:
         """Notes that this rank waits from now on; a second call begins another wait."""
-        self.since = time.monotonic()
+        self.since, self.queued = time.monotonic(), queued
         self.awaited = awaited
 
     def done(self) -> None:
@@ -72,11 +75,14 @@ class Watch:
 
     @contextmanager
     def ends_when_peers_are_gone(self) -> Iterator[None]:
-        """Ends the process on an error that is raised while this rank waits; other errors pass through."""
+        """Ends the process on an error that is raised while this rank waits; other errors pass through. While a message is
+        queued, this process computes, and only errors of torch.distributed are about the message."""
         try:
             yield
         except RuntimeError as error:
             if self.awaited is None or not self.name or is_out_of_memory(error):
+                raise
+            if self.queued and not isinstance(error, DistError):
                 raise
             self.end("the connection is gone")
 

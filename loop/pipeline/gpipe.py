@@ -52,6 +52,7 @@ class Pipeline(nn.Module):
     def __init__(self, stage: Stage, ranks: Ranks, schedule: str, log: RunLog, memory: Memory) -> None:
         super().__init__()
         self.stage, self.ranks, self.schedule, self.log, self.memory = stage, ranks, schedule, log, memory
+        self.on_gpu = ranks.device.type == "cuda"
         self.timeline = Timeline(ranks.device)
         self.number = 0
         self.losses: dict[int, Tensor] = {}  # of this batch, by microbatch, on the last stage
@@ -83,6 +84,7 @@ class Pipeline(nn.Module):
         number_M = torch.arange(len(batch.microbatches))  # torch splits it, as first input and as target; nobody reads it
         schedule = self.schedule_for(batch.length, len(batch.microbatches), train)
         with self.ranks.watch.ends_when_peers_are_gone(), self.memory.during("communicate"):
+            self.computes()
             try:
                 inputs = (number_M,) if self.stage.is_first else ()
                 schedule.step(*inputs, target=number_M if train else None, return_outputs=False)
@@ -91,10 +93,8 @@ class Pipeline(nn.Module):
                 if error.__cause__ is not None:  # what a stage raised, such as out-of-memory
                     raise error.__cause__ from None
                 raise
-            # The losses are read next, so that waiting here costs nothing. What a GPU waits for shows only now.
-            if self.ranks.device.type == "cuda":
-                self.ranks.watch.begin(self.device_waits_for)
-            self.ranks.wait_for_device()
+            self.computes()
+            self.ranks.wait_for_device()  # costs nothing, since the losses are read next
             self.ranks.watch.done()
         return [loss for _, loss in sorted(self.losses.items())]
 
@@ -126,6 +126,14 @@ class Pipeline(nn.Module):
             loss = losses_N.sum() / self.batch.num_supervised_tokens
         self.losses[self.number] = loss.detach() if self.training else losses_N
         return loss
+
+    def computes(self) -> None:
+        """Tells the watch that no message is awaited now. On a GPU one may still be: there messages are only queued, and this
+        process goes on until it reads a number from the device, so that the watch stays armed and counts from now."""
+        if self.on_gpu:
+            self.ranks.watch.begin(self.device_waits_for, queued=True)
+        else:
+            self.ranks.watch.done()
 
     def device_waits_for(self) -> str:
         mark = self.timeline.not_begun()
@@ -199,7 +207,7 @@ class WatchedStage(PipelineStage):
         return prepared
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        self.pipeline.ranks.watch.done()
+        self.pipeline.computes()
         self.pipeline.number = fwd_chunk_id
         with self.pipeline.timeline.computing(fwd_chunk_id, is_backward=False):
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
@@ -208,7 +216,7 @@ class WatchedStage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         if self.has_backward:  # not in an evaluation, where torch's GPipe calls this all the same
-            self.pipeline.ranks.watch.done()
+            self.pipeline.computes()
             with (self.pipeline.timeline.computing(bwd_chunk_id, is_backward=True),
                   self.pipeline.memory.during("backward", bwd_chunk_id)):
                 super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
@@ -230,7 +238,7 @@ class WatchedStage(PipelineStage):
         return self.noted(super().get_bwd_send_ops(bwd_chunk_id), bwd_chunk_id, "gradient", sends=True)
 
     def noted(self, ops: list[Any], microbatch: int, what: str, sends: bool) -> list[Any]:
-        if ops:
+        if ops and not self.pipeline.on_gpu:  # a GPU's messages are queued, and `computes` has armed the watch
             self.pipeline.ranks.watch.begin(partial(self.pipeline.waits_for, microbatch, what, sends))
         return ops
 

@@ -29,7 +29,9 @@ from loop.memory.ledger import CATEGORIES
 from loop.memory.phases import GIB
 from loop.pipeline.split import RowLengths, balance, check_split, sublayer_costs
 from loop.plan.search import search
-from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, find_model, read_rows
+from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, read_rows
+from loop.run import find_model
+from model.devices import OFF
 
 CARD_GIB = 32.0
 NUM_LINES = 8
@@ -42,6 +44,7 @@ def main() -> None:
         if os.getppid() != args.beside:  # the run is gone already
             sys.exit(1)
         torch.set_num_threads(1)  # leaves the cores to the run
+    OFF.update(filter(None, args.without.split(",")))
     with redirect_stdout(sys.stderr):  # for what the rehearsed training code prints
         config = load_config(args.config, args.overrides)
         workload, card_gib = read_workload(args, config), args.card or CARD_GIB
@@ -86,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--try", action="append", default=[], metavar="KEY=VALUE", dest="tries",
                         help="also plan with this setting changed; may be given several times")
     parser.add_argument("--rank", type=int, help="plan this rank alone")
+    parser.add_argument("--without", default="", metavar="PATHS", help="fast paths that the run does not take: delta_rule,nf4")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, a line each plan")
     parser.add_argument("--beside", type=int, metavar="PID",
                         help="take one thread, leave out the worst case of routing, and end with this process")

@@ -1,4 +1,4 @@
-"""Replaces weights, rows, messages and the other ranks while a step is rehearsed: by tensors with shapes and no values.
+"""Replaces rows, messages and the other ranks while a step is rehearsed: by tensors with shapes and no values.
 Costs some kilobytes a tensor, whatever its shape."""
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.batches import Batches, Microbatch, StepBatch
 from loop.distributed.groups import Ranks
-from model.build import Weights
-from model.weights.shards import Weight
 
 
 class Steps(Batches):
@@ -68,16 +66,6 @@ def nothing_sent() -> Iterator[None]:
           patch.object(dist, "send", lambda *args, **kwargs: None),
           patch.object(dist, "recv", lambda tensor, *args, **kwargs: tensor.fill_(1))):  # 1 is a vote for these shapes
         yield
-
-
-def put_nothing(weights: Weights) -> None:
-    """Gives every weight its storage. The experts of a layer are alike, so that one shows what quantizing all takes."""
-    for item in weights.wanted:
-        if isinstance(item, Weight):
-            item.put(0, torch.empty(item.shape, dtype=torch.bfloat16))
-        else:
-            gate_up_2ID = torch.empty(2 * item.intermediate, item.hidden, dtype=torch.bfloat16)
-            item.put(0, gate_up_2ID, torch.empty(item.hidden, item.intermediate, dtype=torch.bfloat16))
 
 
 def fake(batch: StepBatch) -> StepBatch:

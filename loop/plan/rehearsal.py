@@ -21,12 +21,14 @@ from loop.fit import fit
 from loop.memory.ledger import Ledger
 from loop.memory.peak import Peak
 from loop.memory.phases import CUDA_BLOCK, Memory, own_tensors
+from loop.memory.without_values import fake_kernel, put_nothing
 from loop.metrics import RunLog
 from loop.optim import make_optimizer
 from loop.pipeline.gpipe import passes
-from loop.plan.fakes import RehearsedRanks, Steps, fake, nothing_sent, pretended_group, put_nothing
+from loop.plan.fakes import RehearsedRanks, Steps, fake, nothing_sent, pretended_group
 from loop.plan.stand_in import Representatives
 from loop.state import State
+from model import delta_rule
 from model.build import build_empty
 from model.devices import planning_for
 from model.moe import routing
@@ -62,7 +64,7 @@ def rehearse(
     with ExitStack() as stack:
         # bitsandbytes keeps its 8-bit type for the next tensor that is quantized, here a type without values
         for context in (pretended_group(ranks), nothing_sent(), patch.dict(bnb.name2qmap), planning_for(device),
-                        FakeTensorMode(allow_non_fake_inputs=True), ledger):
+                        patch.object(delta_rule, "kernel", fake_kernel), FakeTensorMode(allow_non_fake_inputs=True), ledger):
             stack.enter_context(context)
         state = build_fake(config, model, ranks, memory, ledger)
         representatives = Representatives(state.stage, memory, ledger)

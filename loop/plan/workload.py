@@ -11,14 +11,11 @@ from typing import Any
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
 from loop.distributed.groups import Place
-from loop.errors import ROOT
 from loop.pipeline.split import RowLengths
 from loop.plan.forecast import full_step, largest_steps, trimmed
 from loop.plan.rehearsal import RankPlan, rehearse
 from loop.run import load_tokenizer
-from model.weights.fetch import from_cache
 
-SHAPES = ROOT / "configs/models"  # config.json of the models that the configurations name
 RESERVE_GIB = 1.0  # of a card: CUDA's own context, NCCL's buffers, and what lies free between tensors
 
 
@@ -63,28 +60,6 @@ class Workload:
         else:
             steps = largest_steps(self.config, self.model, place, self.rows)
         return rehearse(self.config, self.model, place, self.device, [trimmed(step, place) for step in steps], worst_routing)
-
-
-def find_model(path: str) -> tuple[Path, bool]:
-    """Where the model's shapes are, and whether its weights are there too.
-
-    Raises:
-        ValueError: the shapes are neither in a directory, nor in the cache, nor built in.
-    """
-    directory = Path(path).expanduser()
-    if directory.is_dir() or directory.suffix == ".json":
-        return directory, bool(list(directory.glob("*.safetensors")))
-    if path.count("/") <= 1 and not path.startswith((".", "/", "~")):
-        for weights in (True, False) if "/" in path else ():
-            cached = from_cache(path, weights)
-            if cached is not None and (cached / "config.json").is_file():
-                return cached, weights
-        built_in = SHAPES / f"{directory.name}.json"
-        if built_in.is_file():
-            return built_in, False
-    known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
-    raise ValueError(f"model.path: {path}: no such directory, and not in the cache. Give the directory of a config.json, or "
-                     f"one of those whose shapes are built in: {known}")
 
 
 def read_rows(config: Config, model: Path) -> TokenizedRows | None:

@@ -9,7 +9,16 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
-from model.quant import ABSMAX_BLOCK, NF4_BLOCK, quantize_int8, quantize_nf4
+from model.devices import OFF
+from model.quant import (
+    ABSMAX_BLOCK,
+    NF4_BLOCK,
+    dequantize_int8,
+    plain_blockwise,
+    plain_nf4,
+    quantize_int8,
+    quantize_nf4,
+)
 
 # E experts, G of them in a group, O output features, I input features
 # A absmax values of one expert (one for each block of 64 weights), Q their scales (one for 256), B packed bytes
@@ -68,9 +77,7 @@ class Int8Matrices(ExpertMatrices):
         self.weight_EOI[e], self.scale_EO[e] = quantize_int8(matrix_OI.to(self.weight_EOI.device))
 
     def dequantize(self, first: int, stop: int) -> Tensor:
-        weight_GOI = self.weight_EOI[first:stop]
-        out_GOI = torch.empty(weight_GOI.shape, dtype=self.dtype, device=weight_GOI.device)
-        return torch.mul(weight_GOI, self.scale_EO[first:stop, :, None], out=out_GOI)  # rounds once, to the compute dtype
+        return dequantize_int8(self.weight_EOI[first:stop], self.scale_EO[first:stop], self.dtype)
 
 
 class Nf4Matrices(ExpertMatrices):
@@ -111,15 +118,15 @@ class Nf4Matrices(ExpertMatrices):
         self.scale_EQ[e], self.offset_E[e] = state.absmax, offset
 
     def dequantize(self, first: int, stop: int) -> Tensor:
-        num = stop - first
-        absmax = bnb.dequantize_blockwise(
-            self.absmax_EA[first:stop].view(-1), absmax=self.scale_EQ[first:stop].view(-1), code=self.code,
-            blocksize=ABSMAX_BLOCK)
+        num, plain = stop - first, "nf4" in OFF
+        quantized, scales = self.absmax_EA[first:stop].view(-1), self.scale_EQ[first:stop].view(-1)
+        absmax = plain_blockwise(quantized, scales, self.code) if plain else bnb.dequantize_blockwise(
+            quantized, absmax=scales, code=self.code, blocksize=ABSMAX_BLOCK)
         absmax_GA = absmax.view(num, -1)[:, : self.num_blocks] + self.offset_E[first:stop, None]
-        state = bnb.QuantState(
-            absmax=absmax_GA.view(-1), shape=(num, self.num_blocks * NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4",
-            dtype=self.dtype)
-        weights_GX = bnb.dequantize_4bit(self.packed_EB[first:stop].view(-1, 1), state)
+        packed, shape_GX = self.packed_EB[first:stop].view(-1, 1), (num, self.num_blocks * NF4_BLOCK)
+        weights_GX = plain_nf4(packed, absmax_GA.flatten(), self.dtype).view(shape_GX) if plain else bnb.dequantize_4bit(
+            packed, bnb.QuantState(absmax=absmax_GA.view(-1), shape=shape_GX, blocksize=NF4_BLOCK, quant_type="nf4",
+                                   dtype=self.dtype))
         return weights_GX[:, : self.num_weights].unflatten(1, self.shape_EOI[1:])
 
 

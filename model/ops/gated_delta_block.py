@@ -45,11 +45,14 @@ class Block:
             torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(EPS).rsqrt_() for x in (self.q_YCK, self.k_YCK))
         self.q_YCK.mul_(self.rnorm_q_YC1).mul_(self.scale)
         self.k_YCK.mul_(self.rnorm_k_YC1)
-        c_ZC1 = g_ZC1.cumsum(1)
+        eye_CC = torch.eye(k_YCK.shape[1], device=g_ZC1.device)
+        above_CC = torch.ones_like(eye_CC, dtype=torch.bool).triu_(1)
+        # sums by a matmul, since torch has no deterministic `cumsum` of floats on CUDA; in float64, since a matmul adds up each
+        # sum in an order of its own, while differences between sums are what counts
+        self.upto_CC = (~above_CC).double()
+        c_ZC1 = (self.upto_CC @ g_ZC1.double()).float()
         self.grown_ZC1 = c_ZC1.exp()  # e^c
         self.left_ZC1 = (c_ZC1[:, -1:] - c_ZC1).exp_()  # e^(c_C - c)
-        eye_CC = torch.eye(k_YCK.shape[1], device=c_ZC1.device)
-        above_CC = torch.ones_like(eye_CC, dtype=torch.bool).triu_(1)
         self.decay_ZCC = (c_ZC1 - c_ZC1.mT).masked_fill_(above_CC, -torch.inf).exp_()  # D
         self.kk_YCC = torch.bmm(self.k_YCK, self.k_YCK.mT)
         self.qk_YCC = torch.bmm(self.q_YCK, self.k_YCK.mT)
@@ -180,7 +183,7 @@ def input_gradients(block: Block, grads: Gradients) -> tuple[Tensor, Tensor, Ten
     dleft_ZC1 = block.dot(k_YCK, grads.left_ZCK.mul_(block.left_ZC1))
     dc_ZC1 -= dleft_ZC1
     dc_ZC1[:, -1].add_(dleft_ZC1.sum(1)).addcmul_(grads.end_Z1, block.grown_ZC1[:, -1])
-    dg_ZC1 = dc_ZC1.flip(1).cumsum(1).flip(1)
+    dg_ZC1 = (block.upto_CC.T @ dc_ZC1.double()).float()
 
     dq_YCK = block.gather(grads.asked_ZCK).baddbmm_(dqk_YCC, k_YCK)
     dk_YCK = block.gather(grads.read_ZCK.mul_(beta_ZC1).add_(grads.left_ZCK))

@@ -39,14 +39,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 h_CD, labels_C = F.pad(h_CD, (0, 0, 0, missing)), F.pad(labels_C, (0, missing))
             logits_CV = (h_CD @ head_VD.T).float()
             label_C1 = labels_C[:, None]
-            logsumexp_C = logits_CV.logsumexp(-1)
-            losses_N[chunk] = (logsumexp_C - logits_CV.gather(1, label_C1)[:, 0])[:num]
+            most_C1, label_logit_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, label_C1)
+            exp_CV = logits_CV.sub_(most_C1).exp_()  # in place of the logits; torch's `logsumexp` would make a second one
+            sum_C1 = exp_CV.sum(-1, keepdim=True)
+            losses_N[chunk] = (sum_C1.log() + most_C1 - label_logit_C1)[:num, 0]
             if dh_ND is not None:
-                dlogits_CV = logits_CV.sub_(logsumexp_C[:, None]).exp_()  # the softmax, in place of the logits
+                dlogits_CV = exp_CV.div_(sum_C1)  # the softmax
                 dlogits_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1, dtype=torch.float32))
                 dh_ND[chunk] = (dlogits_CV.to(h_ND.dtype) @ head_VD)[:num]
                 del dlogits_CV
-            del logits_CV  # before the next chunk's logits, so that only one chunk exists at a time
+            del logits_CV, exp_CV  # before the next chunk's logits, so that only one chunk exists at a time
         if dh_ND is not None:
             ctx.save_for_backward(dh_ND)
         return losses_N

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from model.build import build
 from model.config import LoraConfig
-from model.delta_rule import delta_rule_in_batches, delta_rule_with_gaps, similar
+from model.delta_rule import similar
 from model.lora import adapters_off, to_peft_name
 from model.mixers import Segments
 from model.moe.usage import load_balance, start_counting
@@ -170,32 +169,6 @@ def test_packed_rows_equal_each_row_alone(checkpoints: dict[str, Path]) -> None:
 
 
 # Gated delta rule
-
-
-def test_gaps_keep_rows_apart_where_the_kernel_takes_cu_seqlens(
-        checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the kernel that honours cu_seqlens, and a convolution that knows nothing of rows."""
-    stage = make(checkpoints["fused"], "float32")
-    module = stage.model.model.layers[0].linear_attn
-    modeling = inspect.getmodule(type(module))
-    reference = inspect.unwrap(modeling.torch_chunk_gated_delta_rule)
-    seen = []
-
-    def kernel(*qkv: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None, **rest: Any) -> tuple[Tensor, None]:
-        lengths = [g.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-        seen.append(lengths)
-        rows = zip(*(x.split(lengths, dim=1) for x in (*qkv, g, beta)))
-        return torch.cat([reference(q, k, v, g=g, beta=b, **rest)[0] for q, k, v, g, b in rows], dim=1), None
-
-    x_1TD = torch.randn(1, sum(LENGTHS), stage.model.config.hidden_size, requires_grad=True)
-    dy_1TD = torch.randn_like(x_1TD)
-    expected = delta_rule_in_batches(module, x_1TD, segments(LENGTHS))
-    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", kernel)
-    mine = delta_rule_with_gaps(module, x_1TD, segments(LENGTHS))
-    assert seen == [[length + 7 for length in LENGTHS]]
-    assert difference(mine, expected) < 1e-6
-    grads = [torch.autograd.grad(y_1TD, x_1TD, dy_1TD)[0] for y_1TD in (mine, expected)]
-    assert difference(*grads) < 1e-6
 
 
 def test_padded_batches_are_of_similar_rows() -> None:

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet, causal_conv1d_fn
 
-from model.delta_rule import CausalConvolution, padded_delta_rule
+from model.delta_rule import CausalConvolution, packed_delta_rule
+from model.mixers import Segments
 from model.ops.fused import fuse
 
 
@@ -47,6 +48,7 @@ def test_layer_equals_transformers(fused):
     expected, dy = layer(x), torch.randn(3, 100, 64)
     if fused:
         fuse(model)
-    found = padded_delta_rule(layer, x)
+    segments = Segments(torch.tensor([0, 100, 200, 300], dtype=torch.int32), (100, 100, 100))
+    found = packed_delta_rule(layer, x.view(1, 300, 64), segments).view(3, 100, 64)
     assert relative(found, expected) < 1e-6
     assert relative(*(torch.autograd.grad(y, x, dy)[0] for y in (found, expected))) < 2e-6

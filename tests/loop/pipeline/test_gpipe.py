@@ -19,7 +19,7 @@ from loop.memory.phases import Memory
 from loop.metrics import RunLog
 from loop.pipeline.gpipe import Pipeline
 from loop.pipeline.split import Cost, RowLengths, balance, check_split, sublayer_costs, table
-from loop.pipeline.timeline import busy_and_idle, draw, write
+from loop.pipeline.timeline import Mark, busy_and_idle, draw, write
 from loop.plan.fakes import nothing_sent, pretended_group
 from model.build import build, skeleton
 from model.config import LoraConfig
@@ -259,4 +259,43 @@ def test_only_an_error_while_waiting_is_a_peers(monkeypatch):
         raise RuntimeError("mine")
     with watch.waiting("rank 1"):
         raise RuntimeError("connection reset")
+    assert ended == ["the connection is gone"]
+
+
+def test_on_a_gpu_the_watch_stays_armed_while_the_host_goes_on(make_pipeline, monkeypatch):
+    """NCCL's `wait` returns at once, and the host may block in any line that reads a number from the device: what the GPU
+    has not reached says what is missing. Events that stand in for CUDA's play the device."""
+    pipeline = make_pipeline()
+    seen = []
+
+    class Event:
+        def __init__(self, reached):
+            self.query = lambda: reached
+
+    def hangs(x_1TD, predict_N, labels_N):  # such as a `.tolist()` of routed experts
+        marks = pipeline.timeline.marks
+        marks[:] = [Mark(mark.microbatch, mark.is_backward, Event(False)) for mark in marks[-1:]]
+        seen.append((pipeline.ranks.watch.awaited(), pipeline.ranks.watch.queued))
+        raise RuntimeError("an edit's own error")
+
+    monkeypatch.setattr(pipeline.timeline, "now", lambda: 0.0)
+    monkeypatch.setattr(pipeline.ranks, "wait_for_device", lambda: None)
+    monkeypatch.setattr(pipeline.stage, "losses", hangs)
+    monkeypatch.setattr(pipeline, "on_gpu", True)
+    pipeline.batch = make_batch(2)
+    with pytest.raises(RuntimeError, match="an edit's own error"):
+        pipeline.forward_backward(make_batch(2))
+    assert seen == [("stage 0 (rank 0) to send the output of microbatch 0 in step 7", True)]
+
+
+def test_while_messages_are_queued_only_errors_of_communication_are_a_peers(monkeypatch):
+    watch, ended = Watch(), []
+    watch.name = "rank 0"
+    monkeypatch.setattr(watch, "end", ended.append)
+    watch.begin(lambda: "rank 1", queued=True)
+    with pytest.raises(RuntimeError, match="mine"), watch.ends_when_peers_are_gone():
+        raise RuntimeError("mine")
+    assert not ended
+    with watch.ends_when_peers_are_gone():
+        raise torch.distributed.DistBackendError("NCCL communicator was aborted")
     assert ended == ["the connection is gone"]

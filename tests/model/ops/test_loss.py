@@ -57,3 +57,15 @@ def test_without_gradients_none_is_computed():
     h, head, labels, _ = case(5, torch.float32)
     with torch.no_grad():
         assert supervised_losses(h, head, labels).grad_fn is None
+
+
+def test_one_chunk_of_logits_in_float32_is_the_most_that_exists():
+    """torch's logsumexp would make a second one."""
+    from loop.memory.ledger import Ledger
+    from model.ops.loss import CHUNK
+
+    vocabulary, hidden = 4000, 8
+    h, head = torch.randn(3 * CHUNK, hidden, requires_grad=True), torch.randn(vocabulary, hidden)
+    with Ledger(with_sites=False) as ledger:
+        supervised_losses(h, head, torch.arange(3 * CHUNK))
+    assert ledger.peak < 1.1 * 4 * CHUNK * vocabulary

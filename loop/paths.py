@@ -1,0 +1,258 @@
+"""Compares each fast path that a run would take with its plain reference, before the run takes it; switches off what differs.
+Takes less than a second and some MiB at a start. `python -m loop.check` measures the same cases at a model's true sizes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from loop.config import Config
+from loop.distributed.groups import Ranks
+from loop.optim import make_optimizer
+from model import delta_rule
+from model.build import text_config
+from model.devices import OFF, without
+from model.lora import product_in_float32
+from model.mixers import Segments, packed_attention
+from model.moe.expert_weights import MATRICES
+from model.moe.experts import grouped_matmul, has_grouped_kernel
+from model.moe.routing import Group
+from model.quant import LINEARS
+
+BIAS_LIMIT = 0.003  # of the share by which results are too large or too small on the whole; rounding hardly moves the share
+DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.008}  # limit of the relative error, where a path has no limit of its own
+VERSIONS = ("torch", "transformers", "bitsandbytes", "triton", "fla-core")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a case. Heads, experts and hidden sizes are those of a model; 0 where the model has no such thing."""
+
+    tokens: int
+    hidden: int
+    num_out: int  # rows of the largest linear
+    heads: int
+    kv_heads: int
+    head_size: int
+    experts: int
+    expert_size: int
+    key_heads: int
+    value_heads: int
+    delta_size: int
+
+    @classmethod
+    def of(cls, model: Any, tokens: int) -> Sizes:
+        """The sizes of a text model, from its configuration in transformers."""
+        def get(name: str) -> Any:
+            return getattr(model, name, None) or 0
+
+        head_size = get("head_dim") or model.hidden_size // model.num_attention_heads
+        inner = get("intermediate_size") or get("shared_expert_intermediate_size") or model.hidden_size
+        has_delta = "linear_attention" in (getattr(model, "layer_types", None) or ())
+        return cls(tokens, model.hidden_size, inner, model.num_attention_heads, model.num_key_value_heads, head_size,
+                   get("num_experts"), get("moe_intermediate_size"), *(
+                       (get("linear_num_key_heads"), get("linear_num_value_heads"), get("linear_key_head_dim"))
+                       if has_delta else (0, 0, 0)))
+
+    def small(self) -> Sizes:
+        """The same heads, which decide what kernel runs, at a size that takes no time."""
+        return Sizes(192, min(self.hidden, 256), min(self.num_out, 512), min(self.heads, 4), min(self.kv_heads, 2),
+                     self.head_size, min(self.experts, 4), min(self.expert_size, 128), min(self.key_heads, 2),
+                     2 * min(self.key_heads, 2) if self.value_heads else 0, self.delta_size)
+
+
+Case = Callable[[Sizes, torch.dtype, torch.device], list[Tensor]]
+
+
+def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, spread: float = 1.0) -> Tensor:
+    """The same numbers for every device and dtype, up to rounding to bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * spread).bfloat16().to(device, dtype)
+
+
+def three_segments(num_tokens: int, device: torch.device) -> Segments:
+    lengths = (num_tokens // 2 + 3, 2, num_tokens - num_tokens // 2 - 5)
+    return Segments(torch.tensor([0, lengths[0], lengths[0] + 2, num_tokens], dtype=torch.int32, device=device), lengths)
+
+
+# The cases: outputs and gradients of what a path computes. Each runs with the path, without it, and without it in float32.
+
+
+def attention(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    q, k, v = (random(1, s.tokens, heads, s.head_size, dtype=dtype, device=device, seed=i).transpose(1, 2).requires_grad_()
+               for i, heads in enumerate((s.heads, s.kv_heads, s.kv_heads)))
+    o = packed_attention(None, q, k, v, None, s.head_size**-0.5, three_segments(s.tokens, device))[0]
+    return [o, *torch.autograd.grad(o, (q, k, v), random(*o.shape, dtype=dtype, device=device, seed=3))]
+
+
+def delta(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    channels = (2 * s.key_heads + s.value_heads) * s.delta_size
+    qkv = random(1, s.tokens, channels, dtype=dtype, device=device).requires_grad_()
+    g = (-0.1 * random(1, s.tokens, s.value_heads, dtype=torch.float32, device=device, seed=1).abs()).requires_grad_()
+    beta = random(1, s.tokens, s.value_heads, dtype=dtype, device=device, seed=2).sigmoid().requires_grad_()
+    weight = random(channels, 1, 4, dtype=dtype, device=device, seed=3)
+    o = delta_rule.mixed(qkv, g, beta, weight, s.key_heads, s.delta_size, three_segments(s.tokens, device))
+    return [o, *torch.autograd.grad(o, (qkv, g, beta), random(*o.shape, dtype=dtype, device=device, seed=4))]
+
+
+def grouped(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    counts = [s.tokens // s.experts] * s.experts
+    stops = torch.tensor(counts, device=device).cumsum(0).int()
+    group = Group(0, tuple(counts), 0, stops)
+    x = random(sum(counts), s.hidden, dtype=dtype, device=device)
+    w = random(s.experts, s.hidden, 2 * s.expert_size, dtype=dtype, device=device, seed=1, spread=s.hidden**-0.5)
+    return [grouped_matmul(x, w, group)]
+
+
+def quantized(base: str) -> Case:
+    def case(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        linear = LINEARS[base](s.hidden, s.num_out, dtype, device)
+        linear.put(0, random(s.num_out, s.hidden, dtype=torch.bfloat16, device=device, spread=s.hidden**-0.5))
+        x = random(s.tokens, s.hidden, dtype=dtype, device=device, seed=1).requires_grad_()
+        y = linear(x)
+        results = [y, *torch.autograd.grad(y, x, random(*y.shape, dtype=dtype, device=device, seed=2))]
+        if s.experts:
+            experts = MATRICES[base]((2, s.expert_size, s.hidden), dtype, device)
+            for e in range(2):
+                experts.put(e, random(s.expert_size, s.hidden, dtype=torch.bfloat16, device=device, seed=e))
+            results.append(experts.dequantize(0, 2))
+        return results
+    return case
+
+
+def lora_gradients(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    a, b = (random(s.tokens, size, dtype=dtype, device=device, seed=i) for i, size in enumerate((s.hidden, 64)))
+    return [product_in_float32(a.T, b)]
+
+
+def optimizer(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The first update: later ones differ from AdamW's by the rounding of its moments."""
+    weight = torch.nn.Parameter(torch.zeros(64, s.hidden, device=device))
+    weight.grad = random(64, s.hidden, dtype=torch.float32, device=device)
+    adamw = make_optimizer("adamw8bit", [weight], weight_decay=0.0)
+    adamw.param_groups[0]["lr"] = 1.0
+    adamw.step()
+    return [weight.detach()]
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """One fast path: the case that proves it, the relative error allowed in half precision, and what takes its place."""
+
+    case: Case
+    instead: str
+    limit: float = DTYPES[torch.bfloat16]
+
+
+PATHS = {
+    "attention": FastPath(attention, "one call of torch's attention for each row"),
+    "delta_rule": FastPath(delta, "the rule in plain torch, in less time than transformers' but more than the kernel's", 0.03),
+    "grouped_matmul": FastPath(grouped, "one matmul an expert"),
+    "int8": FastPath(quantized("int8"), "dequantizing in float32"),
+    "nf4": FastPath(quantized("nf4"), "dequantizing by a table in plain torch"),
+    "lora_gradients": FastPath(lora_gradients, "sums in half precision"),
+    "adamw8bit": FastPath(optimizer, "AdamW of torch, with 8 bytes a trained parameter instead of 2"),
+}
+
+
+def taken(config: Config, model: Any, device: torch.device) -> list[str]:
+    """The fast paths that a run takes on this device."""
+    on_gpu, half = device.type == "cuda", config.model.base != "float32"
+    s = Sizes.of(model, 0)
+    generation = torch.cuda.get_device_capability(device)[0] if on_gpu else None
+    example = torch.empty(8, 8, dtype=torch.bfloat16, device=device)
+    used = {
+        "attention": on_gpu and half,
+        "delta_rule": on_gpu and s.value_heads > 0 and not delta_rule.why_no_kernel(generation),
+        "grouped_matmul": on_gpu and half and s.experts > 0 and has_grouped_kernel(example, example[None]),
+        config.model.base: config.model.base in ("int8", "nf4"),
+        "lora_gradients": on_gpu and half,
+        "adamw8bit": config.train.optimizer == "adamw8bit",
+    }
+    return [name for name in PATHS if used.get(name)]
+
+
+def compare(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Runs a fast path and its plain reference on the same numbers.
+
+    Returns:
+        error: relative, against the reference in float32; bias: the share by which the path's numbers are too large;
+        plain_error: the reference's own error in this dtype; problem: what is wrong with the path, "" if nothing is.
+    """
+    path = PATHS[name]
+    limit = path.limit if dtype != torch.float32 else DTYPES[torch.float32]
+    found: dict[str, Any] = {"error": None, "bias": None, "plain_error": None, "limit": limit, "problem": ""}
+    with without(name):
+        truth, plain = path.case(sizes, torch.float32, device), path.case(sizes, dtype, device)
+    found["plain_error"] = max(map(relative, plain, truth))
+    try:
+        fast = path.case(sizes, dtype, device)
+        found["error"], found["bias"] = max(map(relative, fast, truth)), max(map(bias, fast, truth), key=abs)
+    except Exception as error:  # whatever a kernel raises, its reference still works
+        found["problem"] = f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return found
+    if not found["error"] <= max(limit, 3 * found["plain_error"]):  # also where the error is not a number
+        found["problem"] = f"its results differ by {found['error']:.2%}, at most {limit:.2%} is rounding"
+    elif abs(found["bias"]) > BIAS_LIMIT:
+        found["problem"] = f"its results are off by {found['bias']:+.2%} on the whole, at most {BIAS_LIMIT:.1%} is rounding"
+    return found
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def bias(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() * truth.double()).sum() / truth.double().square().sum()).item() - 1
+
+
+def prove(config: Config, model_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Switches off, on all ranks, every fast path that fails on any of them; writes paths.json into the run's directory.
+
+    Raises:
+        ValueError: a path fails, and `train.fast_paths` is `require`.
+    """
+    model, dtype = text_config(model_dir), torch.float32 if config.model.base == "float32" else torch.bfloat16
+    names = taken(config, model, ranks.device)
+    if config.train.fast_paths == "off":
+        OFF.update(names)
+        say(f"fast paths are off (train.fast_paths): {', '.join(names) or 'none would have been taken'}")
+        return
+    OFF.difference_update(PATHS)  # a process may train more than once
+    state = torch.random.get_rng_state()
+    found = {name: compare(name, Sizes.of(model, 0).small(), dtype, ranks.device) for name in names}
+    torch.random.set_rng_state(state)
+    failed = [float(name in found and bool(found[name]["problem"])) for name in PATHS]
+    failed_anywhere = ranks.all_reduce(torch.tensor(failed, device=ranks.device)).tolist()
+    problems = [(name, found.get(name, {}).get("problem") or "it failed on another rank")
+                for name, number in zip(PATHS, failed_anywhere) if number]
+    if ranks.is_main:
+        report = {"device": device_name(ranks.device), "versions": versions(), "dtype": str(dtype), "paths": found}
+        (config.run_dir / "paths.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name, problem in problems:
+        OFF.add(name)
+        say(f"fast path {name} is off for this run: {problem}. In its place: {PATHS[name].instead}")
+    if problems and config.train.fast_paths == "require":
+        raise ValueError("train.fast_paths is require, but " + "; ".join(f"{name}: {problem}" for name, problem in problems))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that hold fast paths."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
