@@ -7,6 +7,7 @@ usage() {
   cat <<'EOF'
 bash launch.sh demo                   train a real 135M model on this machine, CPU is enough (a few minutes)
 bash launch.sh test                   run all tests
+bash launch.sh check [4b|35b]         what a new machine needs first: does every fast path compute right, and how fast
 bash launch.sh 4b  [key=value ...]    Qwen3-4B-Thinking-2507, int8 + LoRA, data-parallel over every visible GPU
 bash launch.sh 35b [key=value ...]    Qwen3.5-35B-A3B, nf4 + LoRA, split over two GPUs
 EOF
@@ -87,12 +88,20 @@ EOF
     ;;
   test)
     setup test
+    workers=$(($(getconf _NPROCESSORS_ONLN) + 1))  # one more than cores: slow tests wait for processes that they start
     if [ "${1:-}" = --quick ]; then
       shift
+      workers=$((workers - 1))
       set -- -m "not slow" "$@"
     fi
-    # one worker more than there are cores: some tests wait for processes that they have started
-    .venv/bin/python -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --dist worksteal "$@"
+    .venv/bin/python -m pytest -n "$workers" --dist worksteal "$@"
+    ;;
+  check)
+    setup plots
+    config=configs/${1:-4b}.yaml
+    [ -f "$config" ] || fail "unknown model: ${1:-}. Expected: bash launch.sh check [4b|35b]"
+    [ $# -gt 0 ] && shift
+    .venv/bin/python -m loop.check --config "$config" "$@"
     ;;
   4b | 35b)
     config=configs/$command.yaml
