@@ -97,7 +97,7 @@ EOF
     .venv/bin/python -m pytest -n "$workers" --dist worksteal "$@"
     ;;
   check)
-    setup plots
+    setup "$([ "$(num_gpus)" -gt 0 ] && echo plots,gpu || echo plots)"
     config=configs/${1:-4b}.yaml
     [ -f "$config" ] || fail "unknown model: ${1:-}. Expected: bash launch.sh check [4b|35b]"
     [ $# -gt 0 ] && shift
@@ -116,7 +116,7 @@ EOF
       for problem in "${problems[@]}"; do echo "error: $problem" >&2; done
       exit 2
     fi
-    setup plots
+    setup "$([ "$command" = 35b ] && echo plots,gpu || echo plots)"
     # settings are checked before anything is downloaded or started
     .venv/bin/python -c 'from loop import config, errors; errors.run_command(lambda: config.parse_command_line(splits=True))' --config "$config" "$@"
     model=$(setting model.path path <(grep '^model:' "$config") "$@")

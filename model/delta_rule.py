@@ -6,6 +6,7 @@ on a GPU also its normalized copies; without, in this project's own functions, p
 from __future__ import annotations
 
 import inspect
+import os
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -81,6 +82,7 @@ def kernel(
     q_1TGK: Tensor, k_1TGK: Tensor, v_1THV: Tensor, g_1TH: Tensor, beta_1TH: Tensor, segments: Segments
 ) -> Tensor:
     """The rule by flash-linear-attention, called directly: transformers' choice of an implementation has no say here."""
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # else another package, where installed, would take over in evaluations
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     assert inspect.unwrap(chunk_gated_delta_rule).__module__.startswith("fla.ops."), "another function took the kernel's place"
@@ -139,7 +141,7 @@ def within(
     inside_RNW = (source_RNW >= start_R1[..., None]) & (source_RNW < stop_R1[..., None])
     x_RNWC = x_1TC[0][source_RNW.clamp(0, x_1TC.shape[1] - 1)] * inside_RNW[..., None]
     y_RNC = (x_RNWC.float() * weight_C1W[:, 0].T.float()).sum(2).to(y_1TC.dtype)
-    return y_1TC.index_copy(1, place_RN.flatten().long(), y_RNC.flatten(0, 1)[None])
+    return y_1TC.index_copy_(1, place_RN.flatten().long(), y_RNC.flatten(0, 1)[None])
 
 
 def convolve(x_BLC: Tensor, weight_C1W: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ def plain_attention(
     q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, lengths: tuple[int, ...]
 ) -> Tensor:
     """One call of torch's attention for each segment; the reference for `varlen_attention`."""
+    if q_1HTE.is_cuda and q_1HTE.dtype == torch.float32:  # only attention that holds all scores takes shared heads there
+        k_1GTE, v_1GTE = (x.repeat_interleave(q_1HTE.shape[1] // x.shape[1], dim=1) for x in (k_1GTE, v_1GTE))
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (q_1HTE, k_1GTE, v_1GTE)))

@@ -23,7 +23,7 @@ from loop.check.machine import machine
 from loop.check.saving import saving
 from loop.config import add_config_arguments, load_config
 from loop.errors import OutOfMemory, run_command
-from loop.paths import device_name, versions
+from loop.paths import device_name, switch_off_unfit, versions
 from loop.run import find_model
 from model.build import text_config
 
@@ -40,6 +40,7 @@ def main() -> None:
     model = text_config(model_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     has_delta_rule = "linear_attention" in (getattr(model, "layer_types", None) or [])
+    switch_off_unfit(model, device)
     tokens = LINK_TOKENS if device.type == "cuda" else LINK_TOKENS // 16
     parts: dict[str, Callable[[], Iterable[Finding]]] = {
         "the machine": lambda: machine(config, has_delta_rule),

@@ -50,9 +50,12 @@ def card(number: int, has_delta_rule: bool) -> Finding:
     properties = torch.cuda.get_device_properties(number)
     code = f"sm_{properties.major}{properties.minor}"
     built = torch.cuda.get_arch_list()
-    # code for an earlier card of the same generation runs as well, and so does any `compute_` code, which is compiled anew
-    same = (f"sm_{properties.major}{minor}" for minor in range(properties.minor + 1))
-    has_code = any(arch.startswith("compute_") for arch in built) or bool({*same} & {*built})
+    # code for an earlier card of the same generation runs as well, and so does the `compute_` code of any earlier card
+    own = 10 * properties.major + properties.minor
+    earlier = {kind: [int(arch.removeprefix(kind).rstrip("af")) for arch in built if arch.startswith(kind)]
+               for kind in ("sm_", "compute_")}
+    has_code = any(code <= own for code in earlier["compute_"]) or any(
+        code <= own and code // 10 == properties.major for code in earlier["sm_"])
     problem = "" if has_code else (
         f"this torch has no code for {code}, only for {', '.join(built)}: install one that has (pytorch.org)")
     why = why_no_kernel(properties.major) if has_delta_rule else ""

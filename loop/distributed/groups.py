@@ -100,8 +100,9 @@ class Ranks(Place):
                     f"Start torchrun with --nproc-per-node {torch.cuda.device_count()}"
                 )
             device = torch.device("cuda", local_rank)
-            configure_cuda(deterministic)
             torch.cuda.set_device(device)
+            if deterministic:
+                compute_deterministically()
         return cls(int(os.environ.get("RANK", 0)), world_size, num_stages, local_rank=local_rank, device=device)
 
     def connect(self, timeout_s: int) -> None:
@@ -228,12 +229,8 @@ class Ranks(Place):
         return result
 
 
-def configure_cuda(deterministic: bool) -> None:
-    """Sets what torch reads when it first uses a GPU; settings that the user has made stay."""
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name
-        # microbatches differ in length from step to step, which would leave gaps that no later tensor fits into
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # else dequantized weights are filled first
+def compute_deterministically() -> None:
+    """Makes repeated runs on a GPU bit-equal."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # else dequantized weights are filled first

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
+from torch import AcceleratorError
 from torch.distributed import DistError
 
 from loop.errors import is_out_of_memory
@@ -80,8 +81,8 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            if self.awaited is None or not self.name or is_out_of_memory(error):
-                raise
+            if self.awaited is None or not self.name or is_out_of_memory(error) or isinstance(error, AcceleratorError):
+                raise  # an error of this rank's own GPU may show in any wait
             if self.queued and not isinstance(error, DistError):
                 raise
             self.end("the connection is gone")
@@ -90,6 +91,8 @@ class Watch:
         """Prints one line and ends the process at once, without cleaning up: cleaning up would wait for the other ranks."""
         with self.lock:  # kept until the process ends, so that only the first reason is printed
             awaited = self.awaited  # the other thread may set it to None
-            if awaited is not None:
-                print(f"error: {self.name} waited for {awaited()}: {reason}", file=sys.stderr, flush=True)
-            os._exit(status)
+            try:
+                if awaited is not None:
+                    print(f"error: {self.name} waited for {awaited()}: {reason}", file=sys.stderr, flush=True)
+            finally:  # a GPU that is asked what it waits for may answer with an error
+                os._exit(status)

@@ -17,38 +17,43 @@ class FakeDeltaRule(torch.autograd.Function):
     """Takes and keeps the memory of flash-linear-attention's rule (0.6.0), which cannot run on tensors without values."""
 
     @staticmethod
-    def forward(ctx: Any, q_1TGK: Tensor, k_1TGK: Tensor, v_1THV: Tensor, g_1TH: Tensor, beta_1TH: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q_1TGK: Tensor, k_1TGK: Tensor, v_1THV: Tensor, g_1TH: Tensor, beta_1TH: Tensor, num_chunks: int
+    ) -> Tensor:
+        contiguous = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_1TGK, k_1TGK)]
         # kept: q and k normalized, with their norms; v in order of memory; the sums of g; a matrix [64, 64] a chunk
         q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_1TGK, k_1TGK, v_1THV))
         norms = [x.new_empty(x.shape[:3], dtype=torch.float32) for x in (q, k)]
         inverse_1THC = v.new_empty(*v.shape[:3], CHUNK)
         ctx.save_for_backward(q, k, v, *norms, torch.empty_like(g_1TH), beta_1TH, inverse_1THC)
-        working = delta_rule_results(k, v)  # kept until the outputs are computed
+        ctx.num_chunks = num_chunks
+        working = delta_rule_results(k, v, num_chunks)  # kept until the outputs are computed
         output_1THV = torch.empty_like(v)
-        del working
+        del working, contiguous
         return output_1THV
 
     @staticmethod
-    def backward(ctx: Any, do_1THV: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, do_1THV: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, _, _, g_1TH, beta_1TH, _ = ctx.saved_tensors
-        working = [*delta_rule_results(k, v), *delta_rule_results(k, v)]  # again, and their gradients
-        wide = [v.new_empty(*v.shape[:3], k.shape[3]) for _ in range(2)]  # gradients of q and k for each value head
+        working = delta_rule_results(k, v, ctx.num_chunks)  # again
+        dstates = delta_rule_results(k, v, ctx.num_chunks)[-1]
+        wide = [v.new_empty(*v.shape[:3], k.shape[3]) for _ in range(3)]  # gradients of v, w, and k for each value head
         grads = tuple(torch.empty_like(x) for x in (q, k, v, g_1TH, beta_1TH))
-        del working, wide
-        return grads
+        del working, dstates, wide
+        return *grads, None
 
 
-def delta_rule_results(k_1TGK: Tensor, v_1THV: Tensor) -> list[Tensor]:
+def delta_rule_results(k_1TGK: Tensor, v_1THV: Tensor, num_chunks: int) -> list[Tensor]:
     """w, u, the new values, and the state before each chunk."""
     length, heads, size = v_1THV.shape[1:]
     w_1THK = v_1THV.new_empty(1, length, heads, k_1TGK.shape[3])
-    states_NHKV = v_1THV.new_empty(-(-length // CHUNK), heads, k_1TGK.shape[3], size)
+    states_NHKV = v_1THV.new_empty(num_chunks, heads, k_1TGK.shape[3], size)
     return [w_1THK, torch.empty_like(v_1THV), torch.empty_like(v_1THV), states_NHKV]
 
 
 def fake_kernel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, segments: Any) -> Tensor:
     """In place of `model.delta_rule.kernel`."""
-    return FakeDeltaRule.apply(q, k, v, g, beta)
+    return FakeDeltaRule.apply(q, k, v, g, beta, sum(-(-length // CHUNK) for length in segments.lengths))
 
 
 def put_nothing(weights: Weights) -> None:

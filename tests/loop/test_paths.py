@@ -104,6 +104,24 @@ def test_a_path_that_fails_is_off_for_the_run_and_named(write_config, tmp_path, 
     assert OFF == {"nf4", "adamw8bit"} and said[-1] == "fast paths are off (train.fast_paths): nf4, adamw8bit"
 
 
+def test_a_kernel_that_ends_the_gpus_context_ends_the_run_with_a_word(monkeypatch):
+    def broken(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand much more")
+
+    monkeypatch.setattr(bnb, "dequantize_4bit", broken)
+    with pytest.raises(ValueError, match="fast path nf4 ended with CUDA error: an illegal memory access was encountered: start "
+                                         "again with train.fast_paths=off"):
+        compare("nf4", MOE, torch.bfloat16, CPU)
+
+
+def test_a_kernel_that_is_not_fit_for_the_card_is_off_in_plans_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(paths.delta_rule, "why_no_kernel", lambda generation: f"not on generation {generation}")
+    assert paths.switch_off_unfit(Qwen3Config(), torch.device("cuda")) == "" and not OFF
+    assert paths.switch_off_unfit(Qwen3_5MoeTextConfig(), torch.device("cuda")) == "not on generation 9"
+    assert OFF == {"delta_rule"}
+
+
 def test_a_path_that_fails_on_one_rank_is_off_on_all(write_config, tiny_llama, monkeypatch):
     config, said = config_of(write_config), []
     config.run_dir.mkdir(parents=True)

@@ -8,8 +8,10 @@ from collections import namedtuple
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from transformers import Qwen3_5MoeTextConfig
 
 from loop.check import __main__ as check
+from loop.check import kernels as kernels_module
 from loop.check import links as links_module
 from loop.check import machine as machine_module
 from loop.check.findings import Finding, table, verdict
@@ -17,6 +19,7 @@ from loop.check.layers import layers
 from loop.check.links import links, verify
 from loop.check.saving import saving
 from loop.config import load_config
+from loop.paths import PATHS, Sizes
 from model.devices import OFF
 from model.tiny.write import write_tiny
 
@@ -110,6 +113,16 @@ def test_links_that_hang_are_tried_without_direct_transfers(monkeypatch):
     assert links(1, 64, 8)[0].problem == ""
 
 
+def test_every_fast_path_is_timed():
+    assert kernels_module.TIMED.keys() == PATHS.keys()
+    sizes = Sizes.of(Qwen3_5MoeTextConfig(), 0).small()
+    for name, timed in kernels_module.TIMED.items():
+        call, flops, num_bytes = timed(sizes, torch.float32, CPU)
+        with torch.no_grad():
+            call()
+        assert flops > 0 or num_bytes > 0, name
+
+
 def test_bytes_that_change_on_the_way_are_found():
     verify(torch.ones(9), torch.ones(9))
     with pytest.raises(ValueError, match="1 of 9 numbers arrived with other values"):
@@ -125,6 +138,10 @@ def test_a_card_that_torch_was_not_built_for_is_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: older)
     assert machine_module.card(0, False).problem == "", "code for sm_80 runs on it"
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90", "compute_130"])
+    assert machine_module.card(0, False).problem, "code for later cards is of no use"
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90", "compute_90"])
+    assert machine_module.card(0, False).problem == ""
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90", "sm_120"])
     found = machine_module.card(0, True)
     assert found.problem == "" and "NVIDIA GeForce RTX 5090, sm_120, 32.0 GiB" in found.found

@@ -1,13 +1,18 @@
 """Which process groups are made, and what torch is told before it uses a GPU."""
 
 import os
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from loop.distributed.groups import Ranks, configure_cuda
+from loop.distributed.groups import Ranks, compute_deterministically
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("world_size, num_stages, groups", [
@@ -22,30 +27,25 @@ def test_only_groups_that_are_used_are_made(monkeypatch, world_size, num_stages,
     assert (ranks.replica_group is None) == (ranks.stage_group is None) == (not groups)
 
 
-@pytest.fixture
-def settings(monkeypatch):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.parametrize("given, expected", [
+    ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None)])
+@pytest.mark.parametrize("first", ["loop", "model"])
+def test_the_allocator_grows_its_segments_unless_the_user_said_otherwise(monkeypatch, first, given, expected):
+    """Set before torch is imported: bitsandbytes asks for the card as it is imported, and the allocator reads its settings."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")} | given
+    code = f"import os, sys, {first}; print(os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{expected} False\n", done.stderr
+
+
+def test_deterministic_runs_do_not_fill_every_buffer_first(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    yield monkeypatch
-    torch.use_deterministic_algorithms(was[0])
-    torch.utils.deterministic.fill_uninitialized_memory = was[1]
-    for name in ("PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
-        os.environ.pop(name, None)
-
-
-def test_the_allocator_grows_its_segments_unless_the_user_said_otherwise(settings):
-    configure_cuda(deterministic=False)
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert not torch.are_deterministic_algorithms_enabled()
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        settings.delenv("PYTORCH_ALLOC_CONF", raising=False)
-        settings.setenv(name, "max_split_size_mb:64")
-        configure_cuda(deterministic=False)
-        assert os.environ.get("PYTORCH_ALLOC_CONF") == ("max_split_size_mb:64" if name == "PYTORCH_ALLOC_CONF" else None)
-        settings.delenv(name)
-
-
-def test_deterministic_runs_do_not_fill_every_buffer_first(settings):
-    configure_cuda(deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        compute_deterministically()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "as the user said"
+    finally:
+        torch.use_deterministic_algorithms(was[0])
+        torch.utils.deterministic.fill_uninitialized_memory = was[1]

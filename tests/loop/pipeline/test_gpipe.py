@@ -295,7 +295,10 @@ def test_while_messages_are_queued_only_errors_of_communication_are_a_peers(monk
     watch.begin(lambda: "rank 1", queued=True)
     with pytest.raises(RuntimeError, match="mine"), watch.ends_when_peers_are_gone():
         raise RuntimeError("mine")
+    with pytest.raises(torch.AcceleratorError), watch.waiting("rank 1"):  # of a kernel before, which shows in the next wait
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     assert not ended
+    watch.begin(lambda: "rank 1", queued=True)
     with watch.ends_when_peers_are_gone():
         raise torch.distributed.DistBackendError("NCCL communicator was aborted")
     assert ended == ["the connection is gone"]
