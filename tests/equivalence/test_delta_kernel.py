@@ -5,10 +5,8 @@ The kernel needs a GPU; a stand-in takes its place, which computes each row with
 
 import inspect
 import json
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +21,8 @@ from model.delta_rule import CausalConvolution, StreamConvolution, rule_in_batch
 from model.devices import OFF
 from model.mixers import Segments
 from model.tiny.write import write_tiny
+from tests.processes import Run
 
-ROOT = Path(__file__).parents[2]
 KEY_HEADS, VALUE_HEADS, SIZE, WIDTH = 2, 4, 16, 4
 CHANNELS = (2 * KEY_HEADS + VALUE_HEADS) * SIZE
 
@@ -129,7 +127,8 @@ def test_where_it_is_installed_a_cpu_computes_as_before_and_nothing_of_transform
     config = write_config(model__path=str(model), model__base="nf4", train__max_steps=2, eval__max_rows=4)
     expected = run_train(config, run="without")
     write_stand_in(tmp_path / "installed")
-    code = textwrap.dedent(f"""
+    script = tmp_path / "with_it.py"
+    script.write_text(textwrap.dedent(f"""
         import json, sys
         sys.path.insert(0, {str(tmp_path / "installed")!r})
         import train
@@ -143,10 +142,9 @@ def test_where_it_is_installed_a_cpu_computes_as_before_and_nothing_of_transform
         sys.argv = ["plan", "--config", {str(config)!r}, "--split", "none", "--device", "cuda", "--json"]
         plan.main()
         assert {{name: id(value) for name, value in vars(modeling).items()}} == before
-    """)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-                          env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    """))
+    done = Run(script, directory=tmp_path)
+    assert done.wait() == [0], done.said
     assert read_metrics(tmp_path / "checkpoints/with") == expected
     assert json.loads(done.stdout.splitlines()[-1])["ranks"][0]["peak_gib"] > 0
 

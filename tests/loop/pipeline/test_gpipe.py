@@ -186,7 +186,7 @@ def test_boundaries_travel_in_the_compute_dtype(make_pipeline, rank):
     split.forward_backward(make_batch(2))
     stage = split.kept[1]._stage
     travels = stage.args_recv_info[0][0] if rank else stage.grad_recv_info[0][0]
-    assert travels.tensor_meta.dtype == torch.bfloat16
+    assert travels.buffer.dtype == torch.bfloat16
 
 
 def test_a_replica_without_microbatches_does_nothing(make_pipeline):
