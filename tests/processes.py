@@ -80,7 +80,7 @@ class Run:
     def said(self):
         return self.stdout + self.stderr
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=300):
         """The exit status of each rank; a negative one is the signal that ended it."""
         deadline = time.monotonic() + seconds
         for process in self.processes:

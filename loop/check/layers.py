@@ -49,6 +49,7 @@ def layers(config: Config, model_dir: Path, device: torch.device) -> list[Findin
 
 def step(config: Config, model_dir: Path, number: int, tokens: int, device: torch.device, put: Any) -> None:
     """Builds a layer alone, and computes it forward and backward on rows that fill the microbatch."""
+    torch.manual_seed(0)  # the same routing each time
     stage, weights = build_empty(model_dir, config.model.base, config.lora, seed=0, device=device, recompute=False,
                                  first=2 * number, stop=2 * number + 2)
     put(weights)

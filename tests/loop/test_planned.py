@@ -94,7 +94,7 @@ def test_it_dies_with_the_process_that_started_it(write_config):
     child = Path("/proc") / parent.stdout.readline().strip()
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # at low priority, on a busy machine: it looks for its parent once it has imported torch
     while child.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not child.exists()
