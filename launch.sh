@@ -88,13 +88,11 @@ EOF
     ;;
   test)
     setup test
-    workers=$(($(getconf _NPROCESSORS_ONLN) + 1))  # one more than cores: slow tests wait for processes that they start
     if [ "${1:-}" = --quick ]; then
       shift
-      workers=$((workers - 1))
       set -- -m "not slow" "$@"
     fi
-    .venv/bin/python -m pytest -n "$workers" --dist worksteal "$@"
+    .venv/bin/python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist worksteal "$@"
     ;;
   check)
     setup "$([ "$(num_gpus)" -gt 0 ] && echo plots,gpu || echo plots)"

@@ -26,8 +26,10 @@ def limit():
 
 
 if __name__ == "__main__":
+    from loop import out_of_memory
     from loop.errors import run_command
 
+    out_of_memory.LIMIT_S = 240  # for a busy machine
     entry = importlib.import_module(sys.argv.pop(1))
     fit = entry.fit
 

@@ -68,6 +68,7 @@ def test_the_plan_is_the_planners_and_ends_with_its_run(write_config, run_train,
     run_train(config_file)
     monkeypatch.setenv("WORLD_SIZE", "7")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(planned, "WAIT_S", 240)  # for a busy machine
     config, arrived = load_config(config_file, ["train.plan=true"]), []
     plan = Plan(config, Ranks(), lambda line, gib: arrived.append((line, gib)))
     environment = Path(f"/proc/{plan.process.pid}/environ").read_text().split("\0")
