@@ -22,8 +22,8 @@ from loop.check.links import links
 from loop.check.machine import machine
 from loop.check.saving import saving
 from loop.config import add_config_arguments, load_config
-from loop.errors import OutOfMemory, run_command
-from loop.paths import device_name, switch_off_unfit, versions
+from loop.errors import run_command
+from loop.paths import Sizes, device_name, switch_off_unfit, versions
 from loop.run import find_model
 from model.build import text_config
 
@@ -39,7 +39,7 @@ def main() -> None:
     model_dir, _ = find_model(config.model.path)
     model = text_config(model_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    has_delta_rule = "linear_attention" in (getattr(model, "layer_types", None) or [])
+    has_delta_rule = Sizes.of(model, 0).value_heads > 0
     switch_off_unfit(model, device)
     tokens = LINK_TOKENS if device.type == "cuda" else LINK_TOKENS // 16
     parts: dict[str, Callable[[], Iterable[Finding]]] = {
@@ -55,7 +55,7 @@ def main() -> None:
         print(f"checking {name} ...", end=" ", file=sys.stderr, flush=True)
         try:
             findings += part()
-        except (ValueError, OutOfMemory):
+        except ValueError:
             raise
         except Exception as error:  # whatever a broken driver or kernel raises is what a check is for
             findings.append(Finding("did not end", name, "stopped by an error", f"{type(error).__name__}: {error}"))

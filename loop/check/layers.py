@@ -3,23 +3,18 @@ Takes what the largest layer takes, and its experts' weights."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from bitsandbytes import functional as bnb
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loop.check.findings import Finding, in_gib
 from loop.config import Config
 from loop.memory.ledger import Ledger
 from loop.memory.phases import CUDA_BLOCK
-from loop.memory.without_values import fake_kernel, put_nothing
-from model import delta_rule
+from loop.memory.without_values import put_nothing, without_values
 from model.build import Weights, build_empty, text_config
-from model.devices import planning_for
 from model.mixers import Segments
 from model.moe import routing
 from model.weights.shards import Weight
@@ -76,11 +71,7 @@ def put_some(weights: Weights) -> None:
 def planned_bytes(config: Config, model_dir: Path, number: int, tokens: int, device: str) -> int:
     """What the layer takes in a rehearsal with tensors that have no values."""
     ledger = Ledger(CUDA_BLOCK if device == "cuda" else 1, with_sites=False)
-    with ExitStack() as stack:
-        for context in (patch.dict(bnb.name2qmap), planning_for(device), patch.object(delta_rule, "kernel", fake_kernel),
-                        patch.object(routing, "ASSUMED", [routing.uniform_bounds]), FakeTensorMode(allow_non_fake_inputs=True),
-                        ledger):
-            stack.enter_context(context)
+    with patch.object(routing, "ASSUMED", [routing.uniform_bounds]), without_values(device), ledger:
         step(config, model_dir, number, tokens, torch.device("cpu"), put_nothing)
     return ledger.peak
 

@@ -3,14 +3,29 @@ Costs some kilobytes a tensor, whatever its shape."""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Iterator
+from unittest.mock import patch
 
 import torch
+from bitsandbytes import functional as bnb
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model import delta_rule
 from model.build import Weights
+from model.devices import planning_for
 from model.ops.gated_delta import CHUNK
 from model.weights.shards import Weight
+
+
+@contextmanager
+def without_values(device_type: str) -> Iterator[None]:
+    """While the context lasts, new tensors have shapes and no values, and take the code path of `device_type`."""
+    # bitsandbytes keeps its 8-bit type for the next tensor that is quantized, here a type without values
+    with (patch.dict(bnb.name2qmap), planning_for(device_type), patch.object(delta_rule, "kernel", fake_kernel),
+          FakeTensorMode(allow_non_fake_inputs=True)):
+        yield
 
 
 class FakeDeltaRule(torch.autograd.Function):

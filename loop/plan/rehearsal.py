@@ -11,8 +11,6 @@ from typing import Iterator, NamedTuple
 from unittest.mock import patch
 
 import torch
-from bitsandbytes import functional as bnb
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.batches import StepBatch
 from loop.config import Config
@@ -21,16 +19,14 @@ from loop.fit import fit
 from loop.memory.ledger import Ledger
 from loop.memory.peak import Peak
 from loop.memory.phases import CUDA_BLOCK, Memory, own_tensors
-from loop.memory.without_values import fake_kernel, put_nothing
+from loop.memory.without_values import put_nothing, without_values
 from loop.metrics import RunLog
 from loop.optim import make_optimizer
 from loop.pipeline.gpipe import passes
 from loop.plan.fakes import RehearsedRanks, Steps, fake, nothing_sent, pretended_group
 from loop.plan.stand_in import Representatives
 from loop.state import State
-from model import delta_rule
 from model.build import build_empty
-from model.devices import planning_for
 from model.moe import routing
 
 CPU = torch.device("cpu")
@@ -62,9 +58,7 @@ def rehearse(
     ranks = RehearsedRanks(place.rank, place.world_size, place.num_stages, place.split)
     spans: dict[bool, list[tuple[int, int]]] = {False: [], True: []}  # first and last event of each step, by `is_worst`
     with ExitStack() as stack:
-        # bitsandbytes keeps its 8-bit type for the next tensor that is quantized, here a type without values
-        for context in (pretended_group(ranks), nothing_sent(), patch.dict(bnb.name2qmap), planning_for(device),
-                        patch.object(delta_rule, "kernel", fake_kernel), FakeTensorMode(allow_non_fake_inputs=True), ledger):
+        for context in (pretended_group(ranks), nothing_sent(), without_values(device), ledger):
             stack.enter_context(context)
         state = build_fake(config, model, ranks, memory, ledger)
         representatives = Representatives(state.stage, memory, ledger)
