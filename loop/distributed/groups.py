@@ -74,6 +74,7 @@ class Ranks(Place):
     device: torch.device = torch.device("cpu")
     replica_group: dist.ProcessGroup | None = None  # the stages of this rank's replica; None for all ranks
     stage_group: dist.ProcessGroup | None = None  # the ranks that hold this rank's stage; None for all ranks
+    store: dist.Store | None = None  # keys and values that all ranks see; None before `connect`, and without a launcher
     watch: Watch = field(default_factory=Watch)
 
     @classmethod
@@ -117,8 +118,10 @@ class Ranks(Place):
         on_gpu = self.device.type == "cuda"
         timeout = timedelta(seconds=timeout_s + SPARE_S)
         with self.watch.waiting("all ranks to connect"):
+            self.store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo", timeout=timeout, device_id=self.device if on_gpu else None)
+                "nccl" if on_gpu else "gloo", timeout=timeout, device_id=self.device if on_gpu else None,
+                store=self.store, rank=rank, world_size=world_size)
             self.make_groups(timeout)
 
     def make_groups(self, timeout: timedelta) -> None:
