@@ -26,6 +26,7 @@ AT_LEAST = {  # the least value of a setting, and how an error names its expecte
     "train.memory_trace": (1, "the number of a step from 1, or null"),
     "train.seed": (0, "at least 0"), "train.keep_layers": (0, "at least 0"), "eval.every": (1, "at least 1 step"),
     "eval.max_rows": (1, "at least 1 row, or null for all"), "checkpoint.every": (1, "at least 1 step"),
+    "checkpoint.every_s": (1, "at least 1 second"),
     "checkpoint.keep": (1, "at least 1"), "distributed.timeout_s": (1, "at least 1 second"),
 }
 
@@ -90,6 +91,7 @@ class CheckpointConfig(Section):
     """When checkpoints are written, and how many are kept."""
 
     every: int = 500  # optimizer steps
+    every_s: int = 1200  # seconds after which one is written in any case; it is not evaluated, and kept until the next one
     keep: int = 3  # checkpoints with the lowest held-out loss; the newest is always kept
 
 

@@ -1,18 +1,29 @@
-"""Runs entry points: errors that a user can correct are printed as one line, all others with their traceback.
-Imports no torch."""
+"""How a process ends: errors that a user can correct as one line, all others with their traceback, signals as one line; with an
+exit status that says which, and exit.json in the run's directory. Imports no torch."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import signal
+import socket
 import sys
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
+
+from data.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
+FAILED, FOR_USER, NO_MEMORY_LEFT = 1, 2, 3  # exit statuses; after a signal it is 128 and the signal's number
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run after its last step was saved
+EXIT_FILE = "exit.json"
 # texts in the errors that torch raises for its allocators, CUDA, cuBLAS and cuDNN, NCCL, and C++
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "_STATUS_ALLOC_FAILED", "std::bad_alloc")
+RECORDED_IN: list[Path] = []  # the run's directory, once this process has locked it
 
 
 class OutOfMemory(RuntimeError):
@@ -31,28 +42,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 def run_command(main: Callable[[], object]) -> None:
     """Runs an entry point; prints one line for errors that a user can correct, unless TRACEBACK=1 is set.
 
-    Exit status 2: a ValueError of this project, or a system error that names a file. Exit status 3: memory is full.
+    Exit status 2: a ValueError of this project, or a system error that names a file. Exit status 3: memory is full. 128 and the
+    signal's number: told to stop by a signal. 1: everything else.
     """
+    leave_on_signals()
     try:
         main()
-    except KeyboardInterrupt:
-        print("\ninterrupted. The same command continues from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OutOfMemory as error:
+        record_exit(NO_MEMORY_LEFT, str(error))
         if os.environ.get("TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(3)  # without cleaning up, which could wait for ranks that wait for this rank
+        os._exit(NO_MEMORY_LEFT)  # without cleaning up, which could wait for ranks that wait for this rank
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK") or not is_for_user(error):
+            record_exit(FAILED, repr(error))
             raise
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        record_exit(FOR_USER, message)
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(FOR_USER)
+    except Exception as error:
+        record_exit(FAILED, repr(error))
+        raise
 
 
 def is_for_user(error: Exception) -> bool:
@@ -61,3 +77,34 @@ def is_for_user(error: Exception) -> bool:
         return error.filename is not None
     source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     return source.is_relative_to(ROOT) and ".venv" not in source.parts
+
+
+def leave_on_signals() -> None:
+    """Ends this process in one line on a signal, also while it imports, until a run listens itself (distributed/signals.py).
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
+    for number in heeded():
+        signal.signal(number, lambda number, _: leave(number))
+
+
+def heeded() -> list[signal.Signals]:
+    return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def leave(number: int) -> None:
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())  # print may be interrupted by this very handler
+    os._exit(128 + number)
+
+
+def record_exits_in(run_dir: Path) -> None:
+    """Has `record_exit` write into a run's directory from now on; removes what an earlier process wrote there."""
+    RECORDED_IN[:] = [run_dir]
+    (run_dir / EXIT_FILE).unlink(missing_ok=True)
+
+
+def record_exit(status: int, reason: str, **more: Any) -> None:
+    """Writes why this process ends into exit.json, if it has a run's directory; a full disk does not change how it ends."""
+    for run_dir in RECORDED_IN:
+        record = {"status": status, "reason": reason, **more, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                  "host": socket.gethostname(), "pid": os.getpid()}
+        with suppress(OSError):
+            write_text(run_dir / EXIT_FILE, json.dumps(record) + "\n")

@@ -12,11 +12,12 @@ from torch import Tensor
 from data.batches import Batches, StepBatch
 from loop.config import Config
 from loop.distributed.groups import Ranks
+from loop.errors import FOR_USER
 from loop.evaluate import evaluate
 from loop.memory.phases import Memory, peak_gib
 from loop.metrics import RunLog
 from loop.optim import learning_rate, set_learning_rate, sync_and_clip
-from loop.state import State, save
+from loop.state import State, save, save_on_signals
 from model.moe.usage import load_balance
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which the run stops
@@ -38,9 +39,10 @@ def fit(
     """
     train, num_skipped = config.train, 0
     total = train.total_steps(batches.steps_per_epoch)
-    log.start(state.step, total)
-    if state.step == 0:
-        log.eval(0, *evaluate(held_out, config.eval.max_rows, forward_only, ranks, memory), memory.marks(ranks))
+    log.start(state.step, total, state.evaluated)
+    save_on_signals(config, state, ranks, log)
+    if not state.evaluated:  # a new run, or one that a signal has stopped
+        conclude(config, state, total, held_out, forward_only, ranks, log, memory)
     for batch in batches.train_steps(state.step, total, train.seed):
         started = time.perf_counter()
         step = batch.step
@@ -49,11 +51,12 @@ def fit(
         torch.manual_seed(train.seed + (step * ranks.world_size + ranks.rank))  # dropout, the same after a resume
 
         with memory.step(batch):
-            losses = share_losses(forward_backward(batch), batch, ranks)
+            losses, since_saved_s = share_losses(forward_backward(batch), batch, ranks, time.monotonic() - state.saved_at)
             with memory.during("sync"):
                 grad_norm = sync_and_clip(state.adapters.values(), train.max_grad_norm, ranks).item()
             loss = sum(losses)
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            ranks.signals.update_begins(step)  # a signal waits until `step_ends`, or this line waits for ever
             with memory.during("update"):
                 if finite:
                     state.optimizer.step()
@@ -67,17 +70,34 @@ def fit(
             log.trace(step, memory, ranks)
         if train.router_stats:
             log.record({"step": step, "router": load_balance(state.stage.model, ranks.sum_replicas, ranks.gather_stages)})
+        ranks.signals.step_ends(step)
         num_skipped = 0 if finite else num_skipped + 1
         if not finite:
             skip(not_finite(losses, grad_norm, batch), num_skipped, step, log)
+        conclude(config, state, total, held_out, forward_only, ranks, log, memory,
+                 late=since_saved_s > config.checkpoint.every_s)
 
-        save_now = step % config.checkpoint.every == 0 or step == total
-        if save_now or step % config.eval.every == 0:
-            eval_loss, by_source = evaluate(held_out, config.eval.max_rows, forward_only, ranks, memory)
-            log.eval(step, eval_loss, by_source, memory.marks(ranks))
-            if save_now:
-                log.sync()  # the checkpoint relies on the metrics up to its step
-                save(config, state, eval_loss, ranks, log.say)
+
+def conclude(
+    config: Config, state: State, total: int, held_out: Batches, forward_only: Callable[[StepBatch], list[Tensor]],
+    ranks: Ranks, log: RunLog, memory: Memory, late: bool = False,
+) -> None:
+    """Evaluates and saves, where one of them is due after step `state.step`.
+
+    Args:
+        late: whether a checkpoint is due by time.
+    """
+    step = state.step
+    save_now = step > 0 and (step % config.checkpoint.every == 0 or step == total)
+    if save_now or step % config.eval.every == 0:
+        eval_loss, by_source = evaluate(held_out, config.eval.max_rows, forward_only, ranks, memory)
+        log.eval(step, eval_loss, by_source, memory.marks(ranks))
+        if save_now:
+            save(config, state, eval_loss, ranks, log)
+    elif late:
+        save(config, state, None, ranks, log)
+    if log.is_lost():
+        ranks.signals.stop(f"{log.run_dir}, which was removed or renamed while the run trained", FOR_USER)
 
 
 def skip(reason: str, num_skipped: int, step: int, log: RunLog) -> None:
@@ -88,11 +108,14 @@ def skip(reason: str, num_skipped: int, step: int, log: RunLog) -> None:
                          f"{reason}. Lower train.learning_rate, or look at these rows")
 
 
-def share_losses(losses_M: Tensor, batch: StepBatch, ranks: Ranks) -> list[float]:
-    """Loss of every microbatch of the step, all ranks' in one list: each rank fills its own slots of the sum."""
-    slots = torch.zeros(len(batch.lines_by_slot), dtype=torch.float64, device=ranks.device)
+def share_losses(losses_M: Tensor, batch: StepBatch, ranks: Ranks, clock_s: float = 0.0) -> tuple[list[float], float]:
+    """Loss of every microbatch of the step, all ranks' in one list, and rank 0's clock: each rank fills its own slots of the
+    sum."""
+    slots = torch.zeros(len(batch.lines_by_slot) + 1, dtype=torch.float64, device=ranks.device)
     slots[batch.slots.start : batch.slots.stop] = losses_M.double()
-    return ranks.all_reduce(slots).tolist()  # waits for the device: once a step
+    slots[-1] = clock_s if ranks.is_main else 0
+    *losses, clock_s = ranks.all_reduce(slots).tolist()  # waits for the device: once a step
+    return losses, clock_s
 
 
 def not_finite(losses: list[float], grad_norm: float, batch: StepBatch) -> str:

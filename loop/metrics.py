@@ -7,20 +7,23 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Iterable, TextIO
+from typing import Any, Callable, Iterable, TextIO
 
 import torch
 from tqdm import tqdm
 
 from data.batches import StepBatch
+from data.files import write_text
 from loop.distributed.groups import Ranks
 from loop.memory.phases import Memory, peak_gib
 from loop.memory.trace import write_page, write_snapshot
 
 DRAW_EVERY_S = 30
 METRICS_FILE, MEMORY_FILE = "metrics.jsonl", "memory.jsonl"
+EVALUATION = {"eval_loss", "stage_busy_s", "eval"}  # keys of lines that an evaluation writes
 
 
 class LoadingBar(tqdm):
@@ -49,7 +52,7 @@ class RunLog:
     def __init__(self, run_dir: Path, log_path: str, device: torch.device, enabled: bool) -> None:
         self.run_dir, self.enabled = run_dir, enabled
         self.bar: tqdm | None = None
-        self.files: dict[str, TextIO] = {}  # by name; open from `start` on
+        self.files: dict[str, LineFile] = {}  # by name; open from `start` on
         self.memory_kind = "allocated" if device.type == "cuda" else "resident"
         self.planned_gib: list[float] = []  # peak by rank; empty while it is not known
         self.drawn_at = time.monotonic()
@@ -82,16 +85,18 @@ class RunLog:
         if self.memory_kind == "allocated":  # the plan counts tensors, but on the CPU memory.png shows the resident size
             self.planned_gib = planned_gib
 
-    def start(self, done: int, total: int) -> None:
-        """Opens the progress bar, metrics.jsonl and memory.jsonl, from which the lines after step `done` are removed."""
+    def start(self, done: int, total: int, evaluated: bool = True) -> None:
+        """Opens the progress bar, metrics.jsonl and memory.jsonl, from which the lines after step `done` are removed, and those
+        of the evaluation after it unless `evaluated`."""
         if self.enabled:
-            self.files = {name: open_cut_back(self.run_dir / name, done) for name in (METRICS_FILE, MEMORY_FILE)}
+            for name in (METRICS_FILE, MEMORY_FILE):
+                self.files[name] = LineFile(self.run_dir / name, self.say)
+                self.files[name].cut_back(done, evaluated)
             self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
 
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         if name in self.files:
-            self.files[name].writelines(json.dumps(record) + "\n" for record in records)
-            self.files[name].flush()
+            self.files[name].append([json.dumps(record) + "\n" for record in records])
 
     def record(self, values: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl; numbers are not rounded, and are null where they are not finite."""
@@ -151,9 +156,17 @@ class RunLog:
             self.say(f"{self.run_dir}: the pictures are not drawn: {error.strerror}")
 
     def sync(self) -> None:
-        """Waits until metrics.jsonl and memory.jsonl are on the disk: a checkpoint relies on the lines up to its step."""
+        """Waits until metrics.jsonl and memory.jsonl are on the disk.
+
+        Raises:
+            ValueError: the disk does not take them.
+        """
         for file in self.files.values():
-            os.fsync(file.fileno())
+            file.sync()
+
+    def is_lost(self) -> bool:
+        """Whether the run's directory was removed or renamed while its files were written."""
+        return any(file.is_lost() for file in self.files.values())
 
     def trace(self, step: int, memory: Memory, ranks: Ranks) -> None:
         """Writes the page of every allocation of a step, on every rank; on CUDA also the allocator's own record."""
@@ -176,20 +189,65 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl or memory.jsonl; ignores a last line that a crash cut short."""
+    """Reads metrics.jsonl or memory.jsonl; leaves out lines that are damaged, such as a last one that a crash cut short."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line.strip(b"\0"))  # a power cut may leave a hole of zero bytes
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records
 
 
-def open_cut_back(path: Path, step: int) -> TextIO:
-    """Opens a file for further lines; keeps its lines up to `step`, and none for a run from step 0."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step] if step and path.exists() else []
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    partial.replace(path)
-    return open(path, "a", encoding="utf-8")
+class LineFile:
+    """A file that grows by whole lines. Lines that a full disk refuses are kept, and written with the next ones."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self.waiting: list[str] = []  # lines that could not be written yet
+
+    def cut_back(self, step: int, evaluated: bool) -> None:
+        """Opens the file; keeps its lines up to `step`, without the evaluation after that step unless `evaluated`, and none
+        for a run from step 0."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step] if step and self.path.exists() else []
+        if not evaluated:
+            kept = [record for record in kept if record["step"] < step or not record.keys() & EVALUATION]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.number = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.size = os.fstat(self.number).st_size
+
+    def append(self, lines: list[str]) -> None:
+        self.waiting += lines
+        data = "".join(self.waiting).encode()
+        try:
+            while data:
+                data = data[os.write(self.number, data) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.number, self.size)  # no part of a line stays
+            if len(self.waiting) == len(lines):
+                self.say(f"{self.path}: {error.strerror}. Its lines wait until there is room; the next checkpoint needs them")
+            return
+        if len(self.waiting) > len(lines):
+            self.say(f"{self.path}: all lines are written again")
+        self.waiting, self.size = [], os.fstat(self.number).st_size
+
+    def sync(self) -> None:
+        if self.waiting:
+            self.append([])
+        if self.waiting:
+            raise ValueError(f"{self.path}: {len(self.waiting)} lines could not be written, and a checkpoint relies on them. "
+                             "Make room and give the same command again: it continues from the newest checkpoint")
+        os.fsync(self.number)
+
+    def is_lost(self) -> bool:
+        """Whether another file, or none, is at this path now."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self.number))
+        except FileNotFoundError:
+            return True
+
+    def close(self) -> None:
+        os.close(self.number)

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from data.batches import Batches
+from data.files import sync
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
 from loop.distributed.groups import Ranks
-from loop.errors import ROOT
+from loop.errors import ROOT, record_exit, record_exits_in
 from loop.memory.phases import Memory
 from loop.metrics import LoadingBar, RunLog
 from loop.optim import make_optimizer
@@ -64,7 +65,9 @@ def prepare_directory(config: Config, say: Callable[[str], None]) -> None:
         run_dir.rename(aside)  # whole, in one step, and its lock with it
         say(f"resume=never: the earlier run is now {aside}")
         del LOCKS[run_dir.resolve()]
-        prepare_directory(config, say)
+        return prepare_directory(config, say)
+    sync(run_dir.parent)
+    record_exits_in(run_dir)
 
 
 def find_model(path: str) -> tuple[Path, bool]:
@@ -148,5 +151,6 @@ def finish(config: Config, plan: Plan, memory: Memory, log: RunLog, ranks: Ranks
     """Prints the planned and the measured peak of memory and the run's directory, then disconnects the ranks."""
     log.say(plan.comparison(measured_gib(memory.most_bytes, ranks)))
     log.say(f"finished: {config.run_dir}")
+    record_exit(0, "finished")
     log.close()
     ranks.disconnect()

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 
+from data.files import write_text
 from data.tokenized import TokenizedRows
 from loop import checkpoint
 from loop.config import Config, by_name, to_yaml
 from loop.distributed.groups import Ranks
+from loop.metrics import RunLog
 from loop.optim import load_optimizer, named_states
 from model.lora import peft_config, to_peft_name
 from model.stages import Stage
@@ -22,7 +25,7 @@ from model.stages import Stage
 DECISIVE = ("model.", "lora.", "data.", "train.", "eval.")  # sections whose settings decide a run's results
 # settings of these sections that may change when a run is resumed: the results differ by rounding only, at dropout 0
 FREE = ("train.microbatch_tokens", "train.recompute", "train.keep_layers", "train.deterministic", "train.router_stats",
-        "train.plan", "train.fast_paths", "train.memory_trace", "data.train", "data.eval", "eval.every")
+        "train.plan", "train.fast_paths", "train.memory_trace", "data.train", "data.eval", "eval.every", "model.path")
 
 
 @dataclass
@@ -34,6 +37,8 @@ class State:
     optimizer: torch.optim.Optimizer
     settings: dict[str, Any]  # see `course`
     step: int = 0  # optimizer steps done
+    evaluated: bool = True  # whether the evaluation after this step was made, if one is due; not so after a stop by a signal
+    saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
 
 
 def course(config: Config, train_rows: TokenizedRows, eval_rows: TokenizedRows) -> dict[str, Any]:
@@ -71,12 +76,13 @@ def resume(config: Config, state: State, ranks: Ranks, say: Callable[[str], None
         return saved
 
     saved = ranks.on_main(read)
-    state.step = int(ranks.broadcast(torch.tensor([saved.state["step"] if saved else 0], device=ranks.device)))
+    found = [saved.state["step"], saved.state["eval_loss"] is not None] if saved else [0, False]
+    state.step, state.evaluated = ranks.broadcast(torch.tensor(found, device=ranks.device)).tolist()
     if state.step:
         load_adapters(state.adapters, ranks.broadcast_tensors(saved.adapter if saved else None))
         load_optimizer(state.optimizer, state.adapters, ranks.broadcast_tensors(saved.optimizer if saved else None))
     if ranks.is_main:
-        (config.run_dir / "config.yaml").write_text(to_yaml(config))
+        write_text(config.run_dir / "config.yaml", to_yaml(config))
 
 
 @torch.no_grad()
@@ -94,12 +100,31 @@ def load_adapters(adapters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -
         parameter.copy_(tensor)
 
 
-def save(config: Config, state: State, eval_loss: float, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Writes one checkpoint on rank 0. All ranks must call, since the other stages send their tensors to rank 0."""
-    adapter = ranks.gather_stages({to_peft_name(name): tensor.detach() for name, tensor in state.adapters.items()})
-    optimizer = ranks.gather_stages(named_states(state.optimizer, state.adapters))
-    if not ranks.is_main:
-        return
-    described = {"step": state.step, "eval_loss": eval_loss, "settings": state.settings}
-    saved = checkpoint.Saved(described, adapter, peft_config(config.lora, config.model.path), optimizer)
-    say(f"saved {checkpoint.save(config.run_dir, saved, config.checkpoint.keep)}")
+def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, log: RunLog) -> str:
+    """Writes one checkpoint on rank 0, and says where. All ranks must call, since the other stages send their tensors to it.
+
+    Args:
+        eval_loss: None where this step was not evaluated.
+    """
+    with ranks.signals.saving(state.step):
+        log.sync()  # the checkpoint relies on the metrics up to its step
+        adapter = ranks.gather_stages({to_peft_name(name): tensor.detach() for name, tensor in state.adapters.items()})
+        optimizer = ranks.gather_stages(named_states(state.optimizer, state.adapters))
+        state.saved_at, said = time.monotonic(), ""
+        if ranks.is_main:
+            described = {"step": state.step, "eval_loss": eval_loss, "settings": state.settings}
+            saved = checkpoint.Saved(described, adapter, peft_config(config.lora, config.model.path), optimizer)
+            said = f"saved {checkpoint.save(config.run_dir, saved, config.checkpoint.keep)}"
+            log.say(said)
+        return said
+
+
+def save_on_signals(config: Config, state: State, ranks: Ranks, log: RunLog) -> None:
+    """From here on a signal has the last finished step saved before the run ends."""
+    aside = ranks.aside()
+
+    def save_step(step: int) -> str:
+        assert step == state.step
+        return save(config, state, None, aside, log)
+
+    ranks.signals.save = save_step

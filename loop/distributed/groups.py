@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Callable, TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loop.distributed.launch import die_with_parent, launched_ranks
+from loop.distributed.signals import LIMIT_S, Signals
 from loop.distributed.watch import Watch
 
 Result = TypeVar("Result")
@@ -75,7 +76,9 @@ class Ranks(Place):
     replica_group: dist.ProcessGroup | None = None  # the stages of this rank's replica; None for all ranks
     stage_group: dist.ProcessGroup | None = None  # the ranks that hold this rank's stage; None for all ranks
     store: dist.Store | None = None  # keys and values that all ranks see; None before `connect`, and without a launcher
+    group: dist.ProcessGroup | None = None  # in which tensors are gathered; None for that of all ranks
     watch: Watch = field(default_factory=Watch)
+    signals: Signals = field(default_factory=Signals)
 
     @classmethod
     def from_launcher(cls, deterministic: bool = False, num_stages: int = 1) -> Ranks:
@@ -107,14 +110,15 @@ class Ranks(Place):
         return cls(int(os.environ.get("RANK", 0)), world_size, num_stages, local_rank=local_rank, device=device)
 
     def connect(self, timeout_s: int) -> None:
-        """Joins the process groups; returns when every rank has joined.
+        """Joins the process groups; returns when every rank has joined. From here on signals stop the run (see signals.py).
 
         Args:
             timeout_s: seconds after which a rank that hangs must have ended the whole run.
         """
+        self.signals.listen(self.watch)
         if self.world_size == 1:
             return
-        self.watch.start(self.name, timeout_s)
+        self.watch.start(self.name, timeout_s, self.is_main)
         on_gpu = self.device.type == "cuda"
         timeout = timedelta(seconds=timeout_s + SPARE_S)
         with self.watch.waiting("all ranks to connect"):
@@ -123,6 +127,12 @@ class Ranks(Place):
                 "nccl" if on_gpu else "gloo", timeout=timeout, device_id=self.device if on_gpu else None,
                 store=self.store, rank=rank, world_size=world_size)
             self.make_groups(timeout)
+            stopping = dist.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT_S))
+            self.signals.connect(self.store, stopping)
+
+    def aside(self) -> Ranks:
+        """The same rank as a thread beside the main one communicates: on the CPU, in the group of `signals`."""
+        return replace(self, device=torch.device("cpu"), group=self.signals.group, watch=Watch(), signals=Signals())
 
     def make_groups(self, timeout: timedelta) -> None:
         """Makes the groups of stages and of replicas where each is a part of all ranks; all ranks must be connected. A group
@@ -166,7 +176,8 @@ class Ranks(Place):
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Sends rank 0's tensor to all ranks, in place."""
         if self.world_size > 1:
-            with self.watch.waiting("rank 0 to send what it has read"):
+            what = "the other ranks to take what rank 0 has read" if self.is_main else "rank 0 to send what it has read"
+            with self.watch.waiting(what):
                 dist.broadcast(tensor, src=0)
                 self.wait_for_device()
         return tensor
@@ -184,11 +195,11 @@ class Ranks(Place):
             return tensors
         if not self.is_main:
             with self.watch.waiting("rank 0 to take a checkpoint's tensors"):
-                return self.exchange(tensors, partial(dist.send, dst=0))
+                return self.exchange(tensors, partial(dist.send, dst=0, group=self.group))
         gathered = {name: tensor.cpu() for name, tensor in tensors.items()}
         for rank in range(1, self.num_stages):
             with self.watch.waiting(f"rank {rank} (stage {rank}) to send a checkpoint's tensors"):
-                gathered |= self.exchange(None, partial(dist.recv, src=rank))
+                gathered |= self.exchange(None, partial(dist.recv, src=rank, group=self.group))
         return gathered
 
     def exchange(self, tensors: dict[str, Tensor] | None, communicate: Callable[[Tensor], object]) -> dict[str, Tensor]:

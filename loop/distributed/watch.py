@@ -1,11 +1,9 @@
-"""Ends this process with a message when another rank does not answer in time, has died, or the launcher sends SIGTERM.
+"""Ends this process with a message when another rank does not answer in time or has died.
 Costs one thread that sleeps nearly all the time."""
 
 from __future__ import annotations
 
 import os
-import select
-import signal
 import sys
 import threading
 import time
@@ -15,7 +13,7 @@ from typing import Callable, Iterator
 from torch import AcceleratorError
 from torch.distributed import DistError
 
-from loop.errors import is_out_of_memory
+from loop.errors import FAILED, is_out_of_memory, record_exit
 
 INTERVAL_S = 0.5
 SHUTDOWN_S = 10  # of the timeout, at most half, is left to the launcher to end the other ranks
@@ -24,36 +22,30 @@ SHUTDOWN_S = 10  # of the timeout, at most half, is left to the launcher to end 
 class Watch:
     """Ends the process with one line if this rank waits for other ranks longer than the limit.
 
-    All ranks that wait for a rank that hangs end in this way. A rank that died is noticed sooner: its connection closes,
-    or the launcher notices the death first and sends SIGTERM. Only the reason that comes first is printed.
+    All ranks that wait for a rank that hangs end in this way. A rank that died is noticed sooner, when its connection closes.
+    Only the reason that comes first is printed.
     """
 
     def __init__(self) -> None:
-        self.name, self.limit_s = "", 0.0
+        self.name, self.limit_s, self.is_main = "", 0.0, True
         self.awaited: Callable[[], str] | None = None  # says what this rank waits for; None while the rank computes
         self.since = 0.0  # when the rank began to wait
         self.queued = False  # whether the message is only queued on a GPU, while this process goes on
         self.lock = threading.Lock()
 
-    def start(self, name: str, timeout_s: int) -> None:
-        """Starts the watching thread; must be called in the main thread.
+    def start(self, name: str, timeout_s: int, is_main: bool) -> None:
+        """Starts the watching thread.
 
         Args:
             name: of this rank, such as "rank 1 (stage 1)".
             timeout_s: seconds after which the whole run must have ended.
         """
-        self.name, self.limit_s = name, max(timeout_s - SHUTDOWN_S, timeout_s / 2)
-        woken, wake = os.pipe()
-        os.set_blocking(wake, False)
-        signal.set_wakeup_fd(wake)  # a signal reaches the thread even while the main thread is inside a collective
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        threading.Thread(target=self.run, args=(woken,), name="watch", daemon=True).start()
+        self.name, self.limit_s, self.is_main = name, max(timeout_s - SHUTDOWN_S, timeout_s / 2), is_main
+        threading.Thread(target=self.run, name="watch", daemon=True).start()
 
-    def run(self, woken: int) -> None:
+    def run(self) -> None:
         while True:
-            readable, _, _ = select.select([woken], [], [], INTERVAL_S)
-            if readable and signal.SIGTERM in os.read(woken, 64):
-                self.end("told to stop", status=128 + signal.SIGTERM)
+            time.sleep(INTERVAL_S)
             if self.awaited is not None and time.monotonic() - self.since > self.limit_s:
                 self.end(f"no answer in {self.limit_s:.0f} s (see distributed.timeout_s)")
 
@@ -87,12 +79,17 @@ class Watch:
                 raise
             self.end("the connection is gone")
 
-    def end(self, reason: str, status: int = 1) -> None:
+    def sentence(self) -> str:
+        """What this rank waits for, or that it computes. A GPU that is asked what it waits for may answer with an error."""
+        awaited = self.awaited  # another thread may set it to None
+        return f"{self.name or 'the run'} " + (f"waited for {awaited()}" if awaited is not None else "was computing")
+
+    def end(self, reason: str) -> None:
         """Prints one line and ends the process at once, without cleaning up: cleaning up would wait for the other ranks."""
         with self.lock:  # kept until the process ends, so that only the first reason is printed
-            awaited = self.awaited  # the other thread may set it to None
             try:
-                if awaited is not None:
-                    print(f"error: {self.name} waited for {awaited()}: {reason}", file=sys.stderr, flush=True)
-            finally:  # a GPU that is asked what it waits for may answer with an error
-                os._exit(status)
+                message = f"{self.sentence()}: {reason}"
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                record_exit(FAILED, message)
+            finally:
+                os._exit(FAILED)

@@ -79,7 +79,7 @@ def rehearse(
         # no evaluation, checkpoint or end, so that only the given steps are computed
         train = replace(config.train, max_steps=NEVER, router_stats=False, memory_trace=None)
         endless = replace(config, train=train, eval=replace(config.eval, every=NEVER),
-                          checkpoint=replace(config.checkpoint, every=NEVER))
+                          checkpoint=replace(config.checkpoint, every=NEVER, every_s=NEVER))
         log, rows = RunLog(Path(), "", CPU, enabled=False), Steps(steps)
         fit(endless, state, rows, rows, *passes(state.stage, ranks, config.pipeline.schedule, log, memory),
             ranks, log, memory)

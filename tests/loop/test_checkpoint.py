@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import stat
 
 import pytest
 import torch
@@ -93,7 +96,7 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoint(tmp_path, monkeypatc
         if call == "rename":
             patch.setattr(type(tmp_path), "rename", crash)
         else:
-            patch.setattr(checkpoint.os if call == "fsync" else checkpoint, call, crash)
+            patch.setattr(os if call == "fsync" else checkpoint, call, crash)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, saved(2), keep=3)
     assert steps(tmp_path) == [1] and checkpoint.newest(tmp_path) == good
@@ -106,3 +109,116 @@ def test_the_manifest_holds_sizes_and_hashes_of_all_other_files(tmp_path):
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     assert manifest.keys() == {p.name for p in path.iterdir()} - {checkpoint.MANIFEST}
     assert all(len(entry["sha256"]) == 64 and entry["size"] > 0 for entry in manifest.values())
+
+
+def rewrite(path, name, content):
+    """Changes a file of a checkpoint, and its manifest with it: damage that no checksum shows."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest[name] = {"size": len(content), "sha256": checkpoint.sha256(path / name)}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def state(**changes):
+    return json.dumps({"version": 1, "step": 2, "eval_loss": 1.0, "settings": {}} | changes).encode()
+
+
+@pytest.mark.parametrize("content, said", [
+    (state(settings=None), "settings is None"), (b'{"step": 2}', "settings is None"), (state(step="2"), "step is '2'"),
+    (state(step=-1), "step is -1"), (state(step=True), "step is True"), (state(step=7), "step is 7.*a copy of another"),
+    (state(eval_loss="low"), "eval_loss is low"), (b"[]", "found list"), (b"[" * 100_000, "not readable JSON"),
+    (b'{"step": ' + b"2" * 10_000 + b"}", "not readable JSON"), (b"\xff", "not readable JSON"),
+], ids=range(11))
+def test_a_state_that_is_none_is_passed_over_and_named(tmp_path, content, said):
+    """Found: tracebacks, a run that began at step "2", and one that was finished without training, by a step 7 in step 2."""
+    good = checkpoint.save(tmp_path, saved(1), keep=3)
+    rewrite(checkpoint.save(tmp_path, saved(2), keep=3), checkpoint.STATE, content)
+    warnings = []
+    assert checkpoint.newest(tmp_path, warnings.append) == good
+    (warning,) = warnings
+    assert re.search(f"step-00000002.*state.json: .*{said}", warning), warning
+
+
+@pytest.mark.parametrize("content, said", [
+    ("[" * 100_000, "not readable JSON"), ('{"../x": {"size": 1, "sha256": ""}}', "does not list"), ("[1]", "found list"),
+    ('{"state.json": 1}', "does not list"),
+])
+def test_a_manifest_that_is_none_is_passed_over_and_named(tmp_path, content, said):
+    good = checkpoint.save(tmp_path, saved(1), keep=3)
+    (checkpoint.save(tmp_path, saved(2), keep=3) / checkpoint.MANIFEST).write_text(content)
+    warnings = []
+    assert checkpoint.newest(tmp_path, warnings.append) == good and said in warnings[0]
+
+
+@pytest.mark.parametrize("entry", [{"/etc/passwd": {"size": 1, "sha256": ""}}, {"x": {"size": 1}}, {"x": 7}])
+def test_a_manifest_names_files_of_its_own_directory(tmp_path, entry):
+    path = checkpoint.save(tmp_path, saved(2), keep=3)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(entry | manifest))
+    assert "expected a file name and its" in checkpoint.verify(path)
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path):
+    path = checkpoint.save(tmp_path, saved(2), keep=3)
+    (path / checkpoint.OPTIMIZER).unlink()
+    os.mkfifo(path / checkpoint.OPTIMIZER)
+    assert "not a regular file" in checkpoint.verify(path)
+    (path / checkpoint.MANIFEST).unlink()
+    os.mkfifo(path / checkpoint.MANIFEST)
+    assert "not a regular file" in checkpoint.verify(path)
+
+
+def test_a_copy_under_another_name_is_no_checkpoint(tmp_path):
+    path = checkpoint.save(tmp_path, saved(2), keep=3)
+    shutil.copytree(path, tmp_path / "step-00000099")
+    warnings = []
+    assert checkpoint.newest(tmp_path, warnings.append) == path and "is this a copy of another checkpoint?" in warnings[0]
+
+
+def test_a_file_in_a_checkpoints_place_is_moved_aside(tmp_path):
+    """Found: "could not be written, make room"."""
+    (tmp_path / "step-00000002").write_text("notes")
+    assert checkpoint.verify(checkpoint.save(tmp_path, saved(2), keep=3)) is None
+    assert (tmp_path / ".step-00000002.damaged").read_text() == "notes"
+
+
+def test_a_newer_version_is_not_taken_for_damage(tmp_path):
+    path = checkpoint.save(tmp_path, saved(2), keep=3)
+    rewrite(path, checkpoint.STATE, state(version=2))
+    with pytest.raises(ValueError, match="version 2, written by a newer version of this program"):
+        checkpoint.newest(tmp_path)
+    assert path.is_dir()
+
+
+def test_a_checkpoint_that_is_evaluated_later_takes_the_place_of_itself(tmp_path, monkeypatch):
+    """Whichever of the two renames is the last, one of both is found."""
+    checkpoint.save(tmp_path, saved(1, 0.5), keep=1)
+    checkpoint.save(tmp_path, saved(2, None), keep=1)
+    assert steps(tmp_path) == [1, 2]
+    honest, num_renames = type(tmp_path).rename, []
+
+    def rename(self, target):
+        num_renames.append(target)
+        if len(num_renames) == 2:
+            raise KeyboardInterrupt
+        return honest(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, saved(2, 0.4), keep=1)
+    assert steps(tmp_path) == [1]
+    assert checkpoint.load(checkpoint.newest(tmp_path)).state["eval_loss"] == 0.4
+    assert steps(tmp_path) == [1, 2] and not list(tmp_path.glob(".*"))
+    checkpoint.save(tmp_path, saved(3, None), keep=1)
+    assert steps(tmp_path) == [2, 3], "the best and the newest"
+
+
+def test_others_may_read_a_checkpoint_as_the_umask_says(tmp_path):
+    """Found: adapter_model.safetensors was the owner's alone, and a server's user could not read it."""
+    before = os.umask(0o022)
+    try:
+        path = checkpoint.save(tmp_path, saved(1), keep=1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}

@@ -1,11 +1,20 @@
 """metrics.jsonl survives what a crash leaves, and the console says what the file says."""
 
 import json
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
 
+import pytest
 import torch
 
-from loop.metrics import RunLog, open_cut_back, read_metrics
+from loop import checkpoint
+from loop.metrics import LineFile, RunLog, read_metrics
+from tests.processes import Run
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -14,10 +23,71 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     lines = [{"step": 0, "eval_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.1}]
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "loss": 0.9}]) + '{"step": 4, "lo')
     assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 2, 3]
-    open_cut_back(path, 2).close()
+    cut_back(path, 2)
     assert read_metrics(path) == lines
-    open_cut_back(path, 0).close()
+    cut_back(path, 2, evaluated=False)
+    assert read_metrics(path) == lines[:3], "a run that was stopped before the evaluation makes it again"
+    cut_back(path, 0)
     assert path.read_text() == ""
+
+
+def test_damaged_lines_take_no_others_with_them(tmp_path):
+    """Found: a hole of zero bytes dropped what followed, and a line without a step was a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    good = ['{"step": 1, "loss": 1.5}', '{"step": 2, "loss": 1.25}', '{"step": 3, "loss": 1.0}']
+    path.write_bytes((good[0] + "\n").encode() + b"\0" * 4096 + (good[1] + "\n").encode() + b'{"loss": 3}\n7\n\xff\xfe\n'
+                     + b"[" * 100_000 + b"\n" + (good[2] + "\n").encode())
+    assert [json.dumps(record) for record in read_metrics(path)] == good
+    cut_back(path, 3)
+    assert path.read_text().splitlines() == good
+
+
+def test_a_full_disk_holds_lines_back_until_there_is_room(tmp_path):
+    """Found: a traceback. Every line comes, in order and whole, once; a checkpoint is not written without them."""
+    said, file = [], LineFile(tmp_path / "metrics.jsonl", lambda line: said.append(line))
+    file.cut_back(0, True)
+    lines = [json.dumps({"step": step, "filler": "x" * 100}) + "\n" for step in range(8)]
+    file.append(lines[:2])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))  # room for two lines and a part of the third
+        for line in lines[2:5]:
+            file.append([line])
+        with pytest.raises(ValueError, match="metrics.jsonl: 3 lines could not be written.*Make room"):
+            file.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2]), "no part of a line"
+    file.append(lines[5:])
+    file.sync()
+    file.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines)
+    assert len(said) == 2 and "File too large" in said[0] and "wait until there is room" in said[0] and "again" in said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["removed", "renamed"])
+def test_a_run_whose_directory_goes_away_says_so_and_saves(write_config, tmp_path, change):
+    """Found: such a run ended well, without its metrics."""
+    config = write_config(train__max_steps=100_000, checkpoint__every=100_000, eval__every=100_000)
+    run = Run(ROOT / "train.py", "--config", config, directory=tmp_path)
+    run_dir = tmp_path / "checkpoints/tiny"
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or '"step": 5,' not in (run_dir / "metrics.jsonl").read_text():
+        assert run.running and time.monotonic() < deadline, run.said
+        time.sleep(0.01)
+    shutil.rmtree(run_dir, ignore_errors=True) if change == "removed" else run_dir.rename(tmp_path / "checkpoints/elsewhere")
+    assert run.wait(60) == [2], run.said
+    assert "stopped by checkpoints/tiny, which was removed or renamed while the run trained: saved checkpoints/tiny/step-" in run.said
+    assert checkpoint.newest(run_dir) is not None
+
+
+def cut_back(path, step, evaluated=True):
+    file = LineFile(path, print)
+    file.cut_back(step, evaluated)
+    file.close()
 
 
 def test_a_log_that_cannot_be_written_is_said_and_passed_over(tmp_path, capsys):
