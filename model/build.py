@@ -20,6 +20,7 @@ from model.moe.experts import FrozenExperts
 from model.ops.fused import fuse
 from model.quant import LINEARS, FrozenLinear
 from model.stages import Stage
+from model.weights.identity import Checksums
 from model.weights.shards import Checkpoint, Experts, Weight, stream, verify_manifest, wanted_bytes
 
 SUPPORTED = ("llama", "qwen3", "qwen3_5_moe_text")  # model_type of the text model
@@ -37,22 +38,27 @@ class Weights:
     all_names: set[str]  # parameters of the whole model
     tied: bool  # whether head and embedding are the same tensor
 
-    def load(self, model_dir: Path, progress: Callable[[int, int], object] | None = None) -> None:
+    def load(self, model_dir: Path, progress: Callable[[int, int], object] | None = None) -> dict[str, int]:
         """Streams the weights from the safetensors files into the stage.
 
         Args:
             progress: called after each slice with the bytes of this slice and the bytes of all slices.
+
+        Returns:
+            the CRC-32 of each tensor of the checkpoint that was read, of its bytes as they are stored.
 
         Raises:
             CheckpointError: the checkpoint does not fit its config.json; a `ValueError`.
         """
         checkpoint = Checkpoint(model_dir)
         verify_manifest(model_dir)  # only if there is a manifest; reads the files once more
+        checksums = Checksums(checkpoint)
         total = wanted_bytes(checkpoint, self.wanted)
         stream(
             checkpoint, self.wanted, all_names=self.all_names, tied=self.tied,
             progress=(lambda num_bytes: progress(num_bytes, total)) if progress else None,
         )
+        return checksums.by_name()
 
 
 def build(

@@ -52,6 +52,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.on_read: Callable[[TensorInfo, int, memoryview], object] | None = None  # called with what was read, and where
         self._descriptors: dict[Path, int] = {}
         weakref.finalize(self, _close, self._descriptors)
         named_by_index, files = _shards(self.path)
@@ -131,7 +132,15 @@ class Checkpoint:
     def _read(self, info: TensorInfo, offset: int, out: Tensor) -> int:
         buffer = out.view(-1).view(torch.uint8).numpy().data
         read_exactly(self._descriptors[info.file], buffer, info.start + offset, _where(info))
+        if self.on_read is not None:
+            self.on_read(info, offset, buffer)
         return len(buffer)
+
+    def read_bytes(self, info: TensorInfo, offset: int, num_bytes: int) -> bytes:
+        """Bytes of a tensor as they are stored, from `offset` in the tensor."""
+        data = bytearray(num_bytes)
+        read_exactly(self._descriptors[info.file], memoryview(data), info.start + offset, _where(info))
+        return bytes(data)
 
 
 def verify_manifest(path: str | Path, progress: Callable[[int], Any] | None = None) -> bool:
@@ -175,7 +184,7 @@ def _shards(path: Path) -> tuple[dict[str, Path], list[Path]]:
             raise CheckpointError(f"{path}: neither {index.name} nor a *.safetensors file in it; is the download "
                                   "complete?")
         return {}, files
-    weight_map = _json_file(index).get("weight_map")
+    weight_map = json_file(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is {short(weight_map)}, expected the file of each tensor")
     for name in weight_map.values():
@@ -194,7 +203,7 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]] | None:
     if not file.exists():
         return None
     manifest = {}
-    for name, entry in _json_file(file).items():
+    for name, entry in json_file(file).items():
         _check_file_name(name, file)
         size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or not isinstance(sha256, str):
@@ -217,7 +226,8 @@ def _check_file_name(name: Any, file: Path) -> None:
         raise CheckpointError(f"{file}: names the file {short(name)}, expected a plain name in the same directory")
 
 
-def _json_file(file: Path) -> dict[str, Any]:
+def json_file(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, read strictly (see `parse_json_object`)."""
     descriptor, num_bytes = open_file(file)
     data = bytearray(num_bytes)
     try:
