@@ -34,7 +34,7 @@ def main() -> None:
     plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):
-        state = load_state(config, model_dir, batches, held_out, ranks, memory)
+        state = load_state(config, model_dir, batches, held_out, ranks, memory, log.say)
         resume(config, state, ranks, log.say)
         log.say(headline(batches, state, ranks))
         fit(

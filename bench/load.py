@@ -119,7 +119,7 @@ def build_transformers(checkpoint: Path) -> Any:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     return AutoModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu")
+        checkpoint, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu", trust_remote_code=False)
 
 
 def status_bytes(field: str) -> int:

@@ -51,7 +51,7 @@ def prepare(directory: Path, num_steps: int) -> None:
         directory / "model", kind="qwen3", num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN,
         num_attention_heads=8, num_key_value_heads=4, head_dim=64,
     )
-    tokenizer, draw = AutoTokenizer.from_pretrained(model), random.Random(0)
+    tokenizer, draw = AutoTokenizer.from_pretrained(model, trust_remote_code=False), random.Random(0)
     template = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     around = len(tokenizer(tokenizer.apply_chat_template(template, tokenize=False), add_special_tokens=False).input_ids)
     with open(directory / "rows.jsonl", "w", encoding="utf-8") as file:

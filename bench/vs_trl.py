@@ -106,7 +106,7 @@ def count_tokens(model_dir: Path, rows: Path) -> list[int]:
     """Length of each row as both sides tokenize it; TRL's also ends in the template's newline, which is not counted."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     texts = [str(tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)).rstrip("\n")
              for line in rows.read_text(encoding="utf-8").splitlines()]
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -143,7 +143,8 @@ def train_with_trl(model_dir: str, rows: str, precision: str, settings: list[str
         **overrides,
     )
     trainer = SFTTrainer(
-        model_dir, config, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(model_dir),
+        model_dir, config, train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False),
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
         callbacks=[Clock()],
     )

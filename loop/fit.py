@@ -40,7 +40,7 @@ def fit(
     train, num_skipped = config.train, 0
     total = train.total_steps(batches.steps_per_epoch)
     log.start(state.step, total, state.evaluated)
-    save_on_signals(config, state, ranks, log)
+    save_on_signals(config, state, ranks, log.sync, log.say)
     if not state.evaluated:  # a new run, or one that a signal has stopped
         conclude(config, state, total, held_out, forward_only, ranks, log, memory)
     for batch in batches.train_steps(state.step, total, train.seed):
@@ -89,13 +89,13 @@ def conclude(
     """
     step = state.step
     save_now = step > 0 and (step % config.checkpoint.every == 0 or step == total)
+    eval_loss = None
     if save_now or step % config.eval.every == 0:
         eval_loss, by_source = evaluate(held_out, config.eval.max_rows, forward_only, ranks, memory)
         log.eval(step, eval_loss, by_source, memory.marks(ranks))
-        if save_now:
-            save(config, state, eval_loss, ranks, log)
-    elif late:
-        save(config, state, None, ranks, log)
+    if save_now or late:
+        log.sync()  # the checkpoint relies on the metrics up to its step
+        save(config, state, eval_loss, ranks, log.say)
     if log.is_lost():
         ranks.signals.stop(f"{log.run_dir}, which was removed or renamed while the run trained", FOR_USER)
 

@@ -15,12 +15,12 @@ from data.packing import rounded_up
 from loop.config import Config
 from loop.distributed.groups import Ranks
 from loop.errors import OutOfMemory, is_out_of_memory
+from loop.identity import FREE
 from loop.memory.failure import SAID, UNITS, Failure, free_step, read_failure
 from loop.memory.ledger import LASTING
 from loop.memory.phases import GIB, Memory
 from loop.memory.trace import write_page, write_snapshot
 from loop.planned import Plan, Record, answers, start_process
-from loop.state import FREE
 
 LIMIT_S = 120  # for planning all settings
 NOTHING_HELPS = ("no setting is left that saves memory: drop the longest rows (data.max_tokens with data.overlong=drop), lower "

@@ -16,11 +16,12 @@ from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
 from loop.distributed.groups import Ranks
 from loop.errors import ROOT, record_exit, record_exits_in
+from loop.identity import WEIGHTS, Course, agree_on_weights, course, digest
 from loop.memory.phases import Memory
 from loop.metrics import LoadingBar, RunLog
 from loop.optim import make_optimizer
 from loop.planned import Plan, measured_gib
-from loop.state import State, course
+from loop.state import State, newest_checkpoint
 from model.build import build_empty
 from model.moe.usage import start_counting
 from model.weights.fetch import from_cache, model_directory
@@ -99,7 +100,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         ValueError: the tokenizer is missing or is not a fast one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{model_dir}: no tokenizer could be read ({str(error).splitlines()[0]})") from None
     if not tokenizer.is_fast:
@@ -121,8 +122,17 @@ def load_batches(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Batches
     return Batches(train, *shares), Batches(held_out, *shares)
 
 
-def load_state(config: Config, model_dir: Path, batches: Batches, held_out: Batches, ranks: Ranks, memory: Memory) -> State:
-    """Builds this rank's stage of the model, reads its weights, and makes the optimizer of its adapters."""
+def load_state(
+    config: Config, model_dir: Path, batches: Batches, held_out: Batches, ranks: Ranks, memory: Memory,
+    say: Callable[[str], None],
+) -> State:
+    """Builds this rank's stage of the model, reads its weights, and makes the optimizer of its adapters.
+
+    Raises:
+        ValueError: the run cannot be continued with these settings; found before the weights are read.
+    """
+    settings: Course = ranks.on_main(lambda: course(config, model_dir, batches.rows, held_out.rows)) or {}
+    newest = ranks.on_main(lambda: newest_checkpoint(config, settings, say))
     with memory.during("build"):
         stage, weights = build_empty(
             model_dir, config.model.base, config.lora, seed=config.train.seed, device=ranks.device,
@@ -130,13 +140,15 @@ def load_state(config: Config, model_dir: Path, batches: Batches, held_out: Batc
         )
     memory.attach(stage.model)
     with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
-        weights.load(model_dir, bar.advance)
+        checksums = weights.load(model_dir, bar.advance)
+    checksums = agree_on_weights(checksums, config.model.path, ranks)
+    settings[WEIGHTS] = digest(checksums)
     if config.train.router_stats:
         start_counting(stage.model)
     adapters = stage.adapters()
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
     memory.attach(stage.model, adapters.values(), optimizer)
-    return State(stage, adapters, optimizer, course(config, batches.rows, held_out.rows))
+    return State(stage, adapters, optimizer, settings, checksums, newest)
 
 
 def headline(batches: Batches, state: State, ranks: Ranks) -> str:

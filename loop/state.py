@@ -3,29 +3,23 @@ Costs one copy of adapters and optimizer states in CPU memory while they are sav
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
 from data.files import write_text
-from data.tokenized import TokenizedRows
 from loop import checkpoint
-from loop.config import Config, by_name, to_yaml
+from loop.config import Config, to_yaml
 from loop.distributed.groups import Ranks
-from loop.metrics import RunLog
+from loop.identity import WEIGHTS, WEIGHTS_FILE, Course, changed_tensors, changes
 from loop.optim import load_optimizer, named_states
 from model.lora import peft_config, to_peft_name
 from model.stages import Stage
-
-DECISIVE = ("model.", "lora.", "data.", "train.", "eval.")  # sections whose settings decide a run's results
-# settings of these sections that may change when a run is resumed: the results differ by rounding only, at dropout 0
-FREE = ("train.microbatch_tokens", "train.recompute", "train.keep_layers", "train.deterministic", "train.router_stats",
-        "train.plan", "train.fast_paths", "train.memory_trace", "data.train", "data.eval", "eval.every", "model.path")
 
 
 @dataclass
@@ -35,44 +29,50 @@ class State:
     stage: Stage
     adapters: dict[str, nn.Parameter]  # by global name
     optimizer: torch.optim.Optimizer
-    settings: dict[str, Any]  # see `course`
+    settings: Course = field(default_factory=dict)  # on rank 0
+    checksums: dict[str, int] = field(default_factory=dict)  # of the base model's tensors
+    newest: Path | None = None  # the checkpoint to continue from, on rank 0
     step: int = 0  # optimizer steps done
     evaluated: bool = True  # whether the evaluation after this step was made, if one is due; not so after a stop by a signal
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
 
 
-def course(config: Config, train_rows: TokenizedRows, eval_rows: TokenizedRows) -> dict[str, Any]:
-    """The settings and rows that decide a run's results; a resumed run must have the same."""
-    settings = {name: value for name, value in by_name(config).items() if name.startswith(DECISIVE) and name not in FREE}
-    for name, rows in (("training rows", train_rows), ("held-out rows", eval_rows)):
-        digest = hashlib.sha256(rows.ids_N.numpy().tobytes())
-        digest.update(rows.supervised_N.numpy().tobytes())
-        settings[name] = digest.hexdigest()[:16]
-    decisive: dict[str, Any] = json.loads(json.dumps(settings))  # as a checkpoint has them: tuples become lists
-    return decisive
+def newest_checkpoint(config: Config, settings: Course, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint from which this run continues, if there is one; on rank 0.
+
+    Raises:
+        ValueError: it was written under another `course` (`resume: auto`).
+    """
+    path = checkpoint.newest(config.run_dir, say)
+    if path is not None:
+        refuse_changes(config, path, changes(checkpoint.read_json(path / checkpoint.STATE)["settings"], settings))
+    return path
+
+
+def refuse_changes(config: Config, path: Path, changed: str) -> None:
+    if changed and config.resume != "force":
+        raise ValueError(
+            f"{path} was trained with other settings: {changed}. Put them back, choose another run=NAME, "
+            "start anew with resume=never, or continue all the same with resume=force"
+        )
 
 
 def resume(config: Config, state: State, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Restores step, adapters and optimizer on every rank from the newest verified checkpoint, if there is one.
+    """Restores step, adapters and optimizer on every rank from `state.newest`, if there is one.
 
     Raises:
-        ValueError: the checkpoint was written under another `course` (`resume: auto`).
+        ValueError: the base model's weights are others than those that the checkpoint was trained on (`resume: auto`).
     """
 
     def read() -> checkpoint.Saved | None:
-        path = checkpoint.newest(config.run_dir, say)
-        if path is None:
+        if state.newest is None:
             return None
-        saved = checkpoint.load(path)
-        old, new = saved.state["settings"], state.settings
-        changed = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}"
-                            for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
-        if changed and config.resume != "force":
-            raise ValueError(
-                f"{path} was trained with other settings: {changed}. Put them back, choose another run=NAME, "
-                "start anew with resume=never, or continue all the same with resume=force"
-            )
-        say(f"continuing from {path}" + (f" with changed settings: {changed}" if changed else ""))
+        saved = checkpoint.load(state.newest)
+        changed = changes(saved.state["settings"], state.settings)
+        if saved.state["settings"].get(WEIGHTS) not in (None, state.settings[WEIGHTS]):
+            changed += f" ({changed_tensors(config.run_dir, state.checksums)}; download {config.model.path} again?)"
+        refuse_changes(config, state.newest, changed)
+        say(f"continuing from {state.newest}" + (f" with changed settings: {changed}" if changed else ""))
         return saved
 
     saved = ranks.on_main(read)
@@ -83,6 +83,7 @@ def resume(config: Config, state: State, ranks: Ranks, say: Callable[[str], None
         load_optimizer(state.optimizer, state.adapters, ranks.broadcast_tensors(saved.optimizer if saved else None))
     if ranks.is_main:
         write_text(config.run_dir / "config.yaml", to_yaml(config))
+        write_text(config.run_dir / WEIGHTS_FILE, json.dumps(state.checksums))
 
 
 @torch.no_grad()
@@ -100,14 +101,13 @@ def load_adapters(adapters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -
         parameter.copy_(tensor)
 
 
-def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, log: RunLog) -> str:
+def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, say: Callable[[str], None]) -> str:
     """Writes one checkpoint on rank 0, and says where. All ranks must call, since the other stages send their tensors to it.
 
     Args:
         eval_loss: None where this step was not evaluated.
     """
     with ranks.signals.saving(state.step):
-        log.sync()  # the checkpoint relies on the metrics up to its step
         adapter = ranks.gather_stages({to_peft_name(name): tensor.detach() for name, tensor in state.adapters.items()})
         optimizer = ranks.gather_stages(named_states(state.optimizer, state.adapters))
         state.saved_at, said = time.monotonic(), ""
@@ -115,16 +115,19 @@ def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, lo
             described = {"step": state.step, "eval_loss": eval_loss, "settings": state.settings}
             saved = checkpoint.Saved(described, adapter, peft_config(config.lora, config.model.path), optimizer)
             said = f"saved {checkpoint.save(config.run_dir, saved, config.checkpoint.keep)}"
-            log.say(said)
+            say(said)
         return said
 
 
-def save_on_signals(config: Config, state: State, ranks: Ranks, log: RunLog) -> None:
-    """From here on a signal has the last finished step saved before the run ends."""
+def save_on_signals(
+    config: Config, state: State, ranks: Ranks, sync: Callable[[], None], say: Callable[[str], None]
+) -> None:
+    """From here on a signal has the last finished step saved before the run ends; `sync` is called before."""
     aside = ranks.aside()
 
     def save_step(step: int) -> str:
         assert step == state.step
-        return save(config, state, None, aside, log)
+        sync()
+        return save(config, state, None, aside, say)
 
     ranks.signals.save = save_step

@@ -116,7 +116,8 @@ def skeleton(model_dir: Path, base: str) -> Any:
     config = text_config(model_dir)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16
+            config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16,
+            trust_remote_code=False,
         )
 
 
@@ -138,7 +139,7 @@ def text_config(model_dir: Path) -> Any:
     if missing:
         raise ValueError(f"{file}: {', '.join(missing)} missing. Expected the config.json of a Hugging Face model")
     try:
-        config = AutoConfig.from_pretrained(file, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False).get_text_config()
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: transformers cannot read it: {str(error).splitlines()[0]}") from None
     if config.model_type not in SUPPORTED:

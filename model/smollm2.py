@@ -32,10 +32,11 @@ def demo_model() -> Path:
     print(f"turning {gguf.name} into {DIRECTORY}", file=sys.stderr)
     partial = DIRECTORY.with_name(f".{DIRECTORY.name}.{os.getpid()}")
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False).save_pretrained(partial)
     try:
         partial.rename(DIRECTORY)
     except OSError:  # another process was faster

@@ -33,7 +33,7 @@ def tiny_tokenizers(tmp_path_factory):
     for kind in ("llama", "qwen3", "qwen3_5_moe"):
         directory = tmp_path_factory.mktemp(kind)
         write_tokenizer(directory, kind, None)
-        loaded[kind] = AutoTokenizer.from_pretrained(directory)
+        loaded[kind] = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     return loaded
 
 
@@ -43,7 +43,8 @@ def qwen3_tokenizers():
     directory = SHARED / "qwen3-tokenizer"
     if not directory.is_dir():
         pytest.skip("the Qwen3 tokenizer is not here")
-    styles = {style: AutoTokenizer.from_pretrained(directory) for style in ("qwen3", "thinking-2507", "qwen3.5")}
+    styles = {style: AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+              for style in ("qwen3", "thinking-2507", "qwen3.5")}
     head, generation_prompt = styles["qwen3"].chat_template.split("{%- if add_generation_prompt %}")
     assert "enable_thinking" in generation_prompt
     # 2507 knows no switch: its generation prompt always ends in an open block

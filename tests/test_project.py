@@ -15,7 +15,7 @@ OURS = {"data", "model", "loop", "train", "pipeline_train", "bench", "tests"}
 FLOORS = [
     {"errors", "config", "checkpoint", "curves"},
     {"distributed"},
-    {"memory", "optim"},
+    {"memory", "optim", "identity"},
     {"accumulate", "evaluate", "metrics", "state", "planned", "paths"},
     {"fit", "pipeline", "run"},
     {"plan", "review", "check", "inspect", "out_of_memory"},
@@ -123,6 +123,17 @@ def test_no_pickle_is_read_and_no_remote_code_run():
     for path in SOURCES:
         if path.parts[len(ROOT.parts)] != "tests":
             assert not [word for word in forbidden if word in path.read_text()], path
+
+
+def test_every_automatic_class_is_told_to_run_no_remote_code():
+    """Left out, transformers asks whether it may run code that lies beside a model, and `y` runs it."""
+    calls = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+             and re.match(r"(?:\w+\.)*Auto\w+\.from_\w+$", ast.unparse(node.func))]
+    asking = [f"{path.relative_to(ROOT)}:{node.lineno}" for path, node in calls
+              if "trust_remote_code=False" not in [ast.unparse(keyword) for keyword in node.keywords]]
+    assert not asking
+    assert len(calls) > 20 and {path.relative_to(ROOT).parts[0] for path, _ in calls} == {"bench", "loop", "model", "tests"}
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_peft_loads_the_adapter(finished_run, tiny_llama):
     from transformers import AutoModelForCausalLM
 
     saved = finished_run / "step-00000010"
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, trust_remote_code=False)
     model = PeftModel.from_pretrained(base, saved)
     loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
     on_disk = load_file(saved / "adapter_model.safetensors")

@@ -58,7 +58,7 @@ def test_router_stats_need_routed_experts(write_config, run_train):
 def test_peft_loads_the_adapter(write_moe_config, run_train, tmp_path, tiny_35b, experts):
     run_train(write_moe_config("bf16", lora__experts=experts, train__max_steps=2))
     saved = tmp_path / "checkpoints/tiny/step-00000002"
-    base = AutoModelForCausalLM.from_pretrained(tiny_35b, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_35b, dtype=torch.float32, trust_remote_code=False)
     model = PeftModel.from_pretrained(base, saved)
     loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
     on_disk = load_file(saved / "adapter_model.safetensors")

@@ -105,4 +105,4 @@ def build_fake(config: Config, model: Path, place: Place, memory: Memory, ledger
     ledger.tag("adapters", adapters.values())
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
     memory.attach(stage.model, adapters.values(), optimizer)
-    return State(stage, adapters, optimizer, {}, step=1)  # at step 0 the loop would evaluate first
+    return State(stage, adapters, optimizer, step=1)  # at step 0 the loop would evaluate first

@@ -48,7 +48,7 @@ def make(model_dir: Path, base: str, experts: bool = False, recompute: bool = Fa
 def theirs(model_dir: Path, dtype: torch.dtype) -> Any:
     # its loop over experts, as the batched implementations add up in another order
     return AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager")
+        model_dir, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager", trust_remote_code=False)
 
 
 def segments(lengths: tuple[int, ...]) -> Segments:

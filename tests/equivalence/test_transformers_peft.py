@@ -27,7 +27,7 @@ CONFIGS = {
 def model_dir(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], trust_remote_code=False)
     for name, parameter in model.named_parameters():  # biases and norms that do something
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
@@ -71,7 +71,8 @@ def packed_step(stage, packs):
 def reference_step(model_dir, adapters):
     """The same by transformers and peft: each row alone, all logits, autograd."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), config)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False)
+    model = peft.get_peft_model(base, config)
     theirs = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
     assert theirs.keys() == {to_peft_name(name) for name in adapters}
     with torch.no_grad():
@@ -121,7 +122,7 @@ def test_bf16_is_as_close_to_float32_as_transformers(model_dir):
 def bf16_reference(model_dir, adapters):
     """The gradients by transformers and peft, with weights and adapters in bf16."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, trust_remote_code=False)
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     theirs = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in adapters.items():

@@ -80,7 +80,8 @@ def test_a_run_whose_directory_goes_away_says_so_and_saves(write_config, tmp_pat
         time.sleep(0.01)
     shutil.rmtree(run_dir, ignore_errors=True) if change == "removed" else run_dir.rename(tmp_path / "checkpoints/elsewhere")
     assert run.wait(60) == [2], run.said
-    assert "stopped by checkpoints/tiny, which was removed or renamed while the run trained: saved checkpoints/tiny/step-" in run.said
+    said = "stopped by checkpoints/tiny, which was removed or renamed while the run trained: saved checkpoints/tiny/step-"
+    assert said in run.said
     assert checkpoint.newest(run_dir) is not None
 
 

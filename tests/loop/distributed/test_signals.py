@@ -42,10 +42,11 @@ def assert_same(read_metrics, directory, one, other):
     """Metrics, and the bytes of the last checkpoint."""
     one, other = directory / "checkpoints" / one, directory / "checkpoints" / other
     kept = ("step", "loss", "eval_loss", "grad_norm", "lr", "eval_loss_by_source")
-    lines = [[{key: line[key] for key in kept if key in line} for line in read_metrics(run) if line.keys() & {"loss", "eval_loss"}]
-             for run in (one, other)]
+    lines = [[{key: line[key] for key in kept if key in line} for line in read_metrics(run)
+              if line.keys() & {"loss", "eval_loss"}] for run in (one, other)]
     assert lines[0] == lines[1] and lines[0]
-    assert [path.name for path in checkpoint.list_checkpoints(one)] == [path.name for path in checkpoint.list_checkpoints(other)]
+    names = [[path.name for path in checkpoint.list_checkpoints(run)] for run in (one, other)]
+    assert names[0] == names[1]
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         paths = [checkpoint.newest(run) / name for run in (one, other)]
         assert paths[0].read_bytes() == paths[1].read_bytes(), name
@@ -192,7 +193,8 @@ def test_before_training_a_signal_is_answered_in_a_line(long_config, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(long_config())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for number, seconds in ((signal.SIGINT, 1.0), (signal.SIGTERM, 2.0)):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(seconds)
         process.send_signal(number)
         out, errors = process.communicate(timeout=60)

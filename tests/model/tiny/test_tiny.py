@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 def test_default_is_a_few_mb_with_the_real_depth(tmp_path: Path, layout: str) -> None:
     command = [sys.executable, "-m", "model.tiny", str(tmp_path / "out"), "--layout", layout]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    config = AutoConfig.from_pretrained(tmp_path / "out").get_text_config()
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=False).get_text_config()
     num_bytes = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert 3e6 < num_bytes < 8e6 and f"{num_bytes / 1e6:,.1f} MB" in printed
     assert config.num_hidden_layers == 40 and config.layer_types.count("full_attention") == 10
@@ -35,8 +35,8 @@ def test_default_is_a_few_mb_with_the_real_depth(tmp_path: Path, layout: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_is_sane(tmp_path: Path, kind: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, kind=kind), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, kind=kind), dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     ids = tokenizer("The knight is pinned to the king.", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(ids).logits
@@ -96,7 +96,7 @@ def test_true_shapes(tmp_path: Path) -> None:
     ("llama", "", "")])
 def test_generation_prompts(tmp_path: Path, kind: str, thinking: str, not_thinking: str) -> None:
     write_tiny(tmp_path, kind=kind, num_hidden_layers=1)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     start = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     for arguments, end in (({}, thinking), ({"enable_thinking": False}, not_thinking)):
         prompt = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True, **arguments)
@@ -112,7 +112,7 @@ def test_templates_render_like_the_published(tmp_path: Path, name: str, kind: st
     text = (published / name).read_text()
     template = json.loads(text)["chat_template"] if name.endswith(".json") else text
     write_tiny(tmp_path, kind=kind, num_hidden_layers=1)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     thought = {"role": "assistant", "content": "<think>\nA thought.\n</think>\n\nBecause."}
     plain = {"role": "assistant", "content": "So it is."}
     for messages in ([{"role": "system", "content": "Be short."}, *QUESTION], [*QUESTION, plain], [*QUESTION, thought],
@@ -123,7 +123,7 @@ def test_templates_render_like_the_published(tmp_path: Path, name: str, kind: st
 
 def test_tokenizer_round_trip(tmp_path: Path) -> None:
     write_tiny(tmp_path, kind="qwen3", num_hidden_layers=1)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     text = "Nf3 – the knight’s best square.\n\n<think>\n♞</think><|im_end|>\n"
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and len(tokenizer) == 261

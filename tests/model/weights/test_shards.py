@@ -70,7 +70,7 @@ def save(directory: Path, tensors: dict[str, Tensor], file: str = "model.safeten
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("slice_bytes", [5000, 8 * 2**20])
 def test_equals_transformers(checkpoints: dict[str, Path], layout: str, slice_bytes: int) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoints[layout], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[layout], dtype=torch.bfloat16, trust_remote_code=False)
     delivered: dict[str, Tensor] = {}
     wanted = collect(model, delivered)
     num_read: list[int] = []
@@ -85,7 +85,7 @@ def test_equals_transformers(checkpoints: dict[str, Path], layout: str, slice_by
 @pytest.mark.parametrize("layout", ["fused", "fp8"])
 def test_dense_models_equal_transformers(tmp_path: Path, kind: str, layout: str) -> None:
     model_dir = write_tiny(tmp_path, kind=kind, layout=layout, num_hidden_layers=2)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, trust_remote_code=False)
     delivered: dict[str, Tensor] = {}
     stream(Checkpoint(model_dir), collect(model, delivered), slice_bytes=5000)
     assert [name for name, value in model.named_parameters() if not torch.equal(value, delivered[name])] == []
@@ -133,7 +133,7 @@ def test_fp8_equals_reference(tmp_path: Path, shape: tuple[int, int], scale_dtyp
 
 
 def test_stage_reads_only_its_own_bytes(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoints["per-expert"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["per-expert"], dtype=torch.bfloat16, trust_remote_code=False)
     checkpoint = Checkpoint(checkpoints["per-expert"])
     wanted = collect(model, {}, prefix="model.layers.1.")
     own = {name: info for name, info in checkpoint.tensors.items() if name.startswith("model.layers.1.")}
