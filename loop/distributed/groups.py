@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loop.config import Config
 from loop.distributed.launch import die_with_parent, launched_ranks
+from loop.distributed.roll_call import by_host, call_roll, open_store
 from loop.distributed.signals import LIMIT_S, Signals
 from loop.distributed.watch import Watch
 
@@ -78,6 +80,7 @@ class Ranks(Place):
     store: dist.Store | None = None  # keys and values that all ranks see; None before `connect`, and without a launcher
     group: dist.ProcessGroup | None = None  # in which tensors are gathered; None for that of all ranks
     watch: Watch = field(default_factory=Watch)
+    others: str = "the other ranks"  # for messages; on several hosts, each rank and its host
     signals: Signals = field(default_factory=Signals)
 
     @classmethod
@@ -109,11 +112,15 @@ class Ranks(Place):
                 compute_deterministically()
         return cls(int(os.environ.get("RANK", 0)), world_size, num_stages, local_rank=local_rank, device=device)
 
-    def connect(self, timeout_s: int) -> None:
+    def connect(self, timeout_s: int, config: Config | None = None) -> None:
         """Joins the process groups; returns when every rank has joined. From here on signals stop the run (see signals.py).
 
         Args:
             timeout_s: seconds after which a rank that hangs must have ended the whole run.
+            config: of a run, which must agree on all ranks, as the code must; None where there is nothing to compare.
+
+        Raises:
+            ValueError: the ranks do not agree.
         """
         self.signals.listen(self.watch)
         if self.world_size == 1:
@@ -121,11 +128,16 @@ class Ranks(Place):
         self.watch.start(self.name, timeout_s, self.is_main)
         on_gpu = self.device.type == "cuda"
         timeout = timedelta(seconds=timeout_s + SPARE_S)
+        self.store = open_store(self.rank, self.local_rank, self.watch, timeout)
+        if config is not None:
+            hosts = call_roll(self.store, self.rank, self.world_size, self.local_rank, self.watch, config)
+            if len(set(hosts)) > 1:
+                self.watch.name = f"{self.name} on {hosts[self.rank]}"
+                self.others = by_host({rank: host for rank, host in enumerate(hosts) if rank != self.rank})
         with self.watch.waiting("all ranks to connect"):
-            self.store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", timeout=timeout, device_id=self.device if on_gpu else None,
-                store=self.store, rank=rank, world_size=world_size)
+                store=self.store, rank=self.rank, world_size=self.world_size)
             self.make_groups(timeout)
             stopping = dist.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT_S))
             self.signals.connect(self.store, stopping)
@@ -149,7 +161,7 @@ class Ranks(Place):
     def all_reduce(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """Sums a tensor in place, over all ranks or over a group."""
         if self.world_size > 1:
-            with self.watch.waiting("the other ranks to join in a sum"):
+            with self.watch.waiting(f"{self.others} to join in a sum"):
                 dist.all_reduce(tensor, group=group)
                 self.wait_for_device()
         return tensor

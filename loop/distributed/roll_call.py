@@ -1,0 +1,204 @@
+"""Before training every rank says on which host, with which code and which settings it runs, and rank 0 compares.
+Costs about 10 KB a rank in the store of the ranks, and one reading of the source."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Callable, Iterator
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from loop.config import Config, by_name
+from loop.distributed.watch import Watch
+from loop.errors import ROOT
+
+POLL_S = 0.1
+SAID_AFTER_S = 5.0  # a rank that is late is named after so many seconds, and again whenever others have joined
+LEAVE_S = 5.0  # after a difference: how long ranks wait for each other, so that none is ended before the difference is said
+# settings that only rank 0 uses, and where a host has the model, whose weights are compared when they are loaded
+MAY_DIFFER = ("log", "data.train", "data.eval", "model.path")
+SIOCGIFADDR = 0x8915  # asks Linux for the address of an interface
+
+
+def open_store(rank: int, local_rank: int, watch: Watch, timeout: timedelta) -> Store:
+    """The store of keys and values that all ranks of a run share; waits for rank 0's host, which keeps the store.
+
+    Under torchrun the launcher of rank 0 keeps the store, else rank 0 itself. Unlike torch's own `rendezvous`, rank 0 does not
+    wait for the others here: who is missing is said by `call_roll`.
+
+    Raises:
+        ValueError: the launcher has not set where the store is.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise ValueError(f"MASTER_ADDR is {address!r} and MASTER_PORT {port!r}, expected rank 0's host and a port, as torchrun "
+                         "sets them. Start several ranks with python -m loop.distributed.launch, see README.md")
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"rank 0's host to open port {port} at {address}"
+    with waits(watch, lambda: where):
+        if not keeps:
+            wait_for_port(address, int(port), f"waiting for {where}" if local_rank == 0 else "")
+        choose_interface(address)
+        store = TCPStore(address, int(port), is_master=keeps, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    # torchrun keeps one store for all its attempts; what an earlier attempt has written must not be taken for this one's
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def wait_for_port(address: str, port: int, said: str) -> None:
+    """Waits until a port can be reached, however long; the watch ends a wait that is too long."""
+    started = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=1).close()
+            return
+        except OSError:  # also a name that is not known yet, as while a cluster starts
+            if said and time.monotonic() - started > SAID_AFTER_S:
+                print(said, flush=True)
+                said = ""
+            time.sleep(POLL_S)
+
+
+def choose_interface(address: str) -> None:
+    """Tells gloo the network interface that leads to rank 0. Alone, gloo looks up this host's name, which on many systems is
+    a loopback address that no other host can reach."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing; the system only chooses the way
+        except OSError:
+            return
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # has no address
+                continue
+            if socket.inet_ntoa(found[20:24]) == own:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def call_roll(store: Store, rank: int, world_size: int, local_rank: int, watch: Watch, config: Config) -> list[str]:
+    """Waits until all ranks have signed in, and compares their code and their settings. Returns the host of each rank.
+
+    Raises:
+        ValueError: on rank 0, with the first difference. The other ranks exit; one on each other host says it too.
+    """
+    entries = exchange_entries(store, rank, world_size, sign_in(config), watch, says=local_rank == 0)
+    hosts = [entries[other]["host"] for other in range(world_size)]
+    if rank == 0:
+        found = difference(entries)
+        store.set("roll/verdict", found)
+        if found:
+            wait_for_keys(store, [f"roll/{other}/read" for other in range(1, world_size)])
+            raise ValueError(found)
+        return hosts
+    with waits(watch, lambda: f"rank 0 on {hosts[0]} to compare the hosts"):
+        while not store.check(["roll/verdict"]):
+            time.sleep(POLL_S)
+        found = store.get("roll/verdict").decode()
+    if found:
+        if local_rank == 0 and hosts[rank] != hosts[0]:
+            print(f"error: {found}", file=sys.stderr, flush=True)
+        store.set(f"roll/{rank}/read", "")
+        time.sleep(LEAVE_S)  # a launcher that sees this rank end ends the others, rank 0 among them
+        raise SystemExit(2)
+    return hosts
+
+
+def sign_in(config: Config) -> dict[str, Any]:
+    """What a rank says of itself."""
+    files = [ROOT / "train.py", ROOT / "pipeline_train.py"]
+    files += [path for package in ("data", "model", "loop") for path in (ROOT / package).glob("**/*.py")]
+    code = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files if path.exists()}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    settings = {"run": config.run, "resume": config.resume, **by_name(config)}
+    compared = {name: str(value) for name, value in settings.items() if name not in MAY_DIFFER}
+    return {"host": socket.gethostname(), "code": code, "versions": versions, "settings": compared}
+
+
+def exchange_entries(
+    store: Store, rank: int, world_size: int, entry: dict[str, Any], watch: Watch, says: bool
+) -> dict[int, dict[str, Any]]:
+    """Says what this rank is and waits for what the others say. Polls: a blocking wait would not say who is missing."""
+    entries: dict[int, dict[str, Any]] = {}
+
+    def awaited() -> str:
+        missing = [other for other in range(world_size) if other not in entries]
+        present = by_host({other: said["host"] for other, said in sorted(entries.items())})
+        return f"{plural('rank', missing)} of {world_size} (signed in: {present or 'none'})"
+
+    since = time.monotonic()
+    with waits(watch, lambda: f"{awaited()} to sign in"):
+        store.set(f"roll/{rank}", json.dumps(entry))
+        while True:
+            joined = [other for other in range(world_size) if other not in entries and store.check([f"roll/{other}"])]
+            for other in joined:
+                entries[other] = json.loads(store.get(f"roll/{other}"))
+            if len(entries) == world_size:
+                return entries
+            if joined:
+                since = time.monotonic() if since else 0.0
+            elif since and time.monotonic() - since > SAID_AFTER_S:
+                if says:
+                    print(f"waiting for {awaited()}", flush=True)
+                since = 0.0
+            time.sleep(POLL_S)
+
+
+def wait_for_keys(store: Store, keys: list[str]) -> None:
+    """Waits until all keys are set, for LEAVE_S at most."""
+    deadline = time.monotonic() + LEAVE_S
+    while time.monotonic() < deadline and not store.check(keys):
+        time.sleep(POLL_S)
+
+
+def difference(entries: dict[int, dict[str, Any]]) -> str:
+    """The first rank that differs from rank 0, and in what; empty where all agree."""
+    first = entries[0]
+    for rank, other in sorted(entries.items()):
+        who = f"rank {rank} on {other['host']}"
+        keys = {kind: differing(first[kind], other[kind]) for kind in ("code", "versions", "settings")}
+        if keys["code"]:
+            more = f" and {len(keys['code']) - 3} more" if len(keys["code"]) > 3 else ""
+            return (f"{who} runs another version of this code than rank 0 on {first['host']}, which differs in "
+                    f"{', '.join(keys['code'][:3])}{more}. Bring all hosts to the same commit, without local changes")
+        for kind, told, remedy in (("versions", "has other libraries", "Install the same on all hosts"),
+                                   ("settings", "has another configuration", "Give all hosts the same file and arguments")):
+            if keys[kind]:
+                values = "; ".join(f"{key} is {other[kind].get(key)}, on rank 0 {first[kind].get(key)}" for key in keys[kind])
+                return f"{who} {told} than rank 0 on {first['host']}: {values}. {remedy}"
+    return ""
+
+
+def differing(first: dict[str, str], other: dict[str, str]) -> list[str]:
+    return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+
+
+def by_host(hosts: dict[int, str]) -> str:
+    """Ranks and their hosts, such as "ranks 0, 1 on host0; rank 2 on host1"."""
+    ranks: dict[str, list[int]] = {}
+    for rank, host in hosts.items():
+        ranks.setdefault(host, []).append(rank)
+    return "; ".join(f"{plural('rank', numbers)} on {host}" for host, numbers in ranks.items())
+
+
+def plural(noun: str, numbers: list[int]) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+@contextmanager
+def waits(watch: Watch, awaited: Callable[[], str]) -> Iterator[None]:
+    """As `watch.waiting`, for what can say anew at any time what is awaited."""
+    watch.begin(awaited)
+    with watch.ends_when_peers_are_gone():
+        yield
+    watch.done()
