@@ -13,7 +13,8 @@ import sys
 from typing import NoReturn
 
 from loop.config import PipelineConfig
-from loop.errors import ROOT
+from loop.distributed.hosts import meet_in_time
+from loop.errors import ROOT, run_command
 
 SHUTDOWN_S = 5  # ranks that have not ended so many seconds after SIGTERM are killed; a stopped process never ends by itself
 PR_SET_PDEATHSIG = 1
@@ -85,6 +86,7 @@ def main() -> None:
     # torchrun has no option for the time it leaves the other ranks after one has failed: 30 s
     close = PContext.close
     setattr(PContext, "close", lambda self, death_sig=None, timeout=0: close(self, death_sig, SHUTDOWN_S))
+    meet_in_time(sys.argv[1:])
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

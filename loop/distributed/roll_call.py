@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import socket
 import struct
@@ -30,6 +31,49 @@ MAY_DIFFER = ("log", "data.train", "data.eval", "model.path")
 SIOCGIFADDR = 0x8915  # asks Linux for the address of an interface
 
 
+class Roll:
+    """Who of a number of participants has signed in, and with what.
+
+    Args:
+        store: where all sign in.
+        kind: what a participant is called in messages, such as "rank".
+        number: of participants.
+    """
+
+    def __init__(self, store: Store, kind: str, number: int) -> None:
+        self.store, self.kind, self.number = store, kind, number
+        self.entries: dict[int, dict[str, Any]] = {}
+
+    def missing(self) -> str:
+        """For messages, such as "ranks 2, 3 of 4 (signed in: ranks 0, 1 on host0)"."""
+        absent = [other for other in range(self.number) if other not in self.entries]
+        present = by_host({other: entry["host"] for other, entry in sorted(self.entries.items())}, self.kind)
+        return f"{plural(self.kind, absent)} of {self.number} (signed in: {present or 'none'})"
+
+    def call(self, own: int, entry: dict[str, Any], says: bool, timeout_s: float = math.inf) -> dict[int, dict[str, Any]]:
+        """Signs in and waits for all others. Polls, since a blocking wait for a key would not say who is missing.
+
+        Raises:
+            ValueError: somebody has not signed in when the time is over.
+        """
+        self.store.set(f"roll/{own}", json.dumps(entry))
+        started = changed = time.monotonic()
+        while len(self.entries) < self.number:
+            for other in range(self.number):
+                if other not in self.entries and self.store.check([f"roll/{other}"]):
+                    self.entries[other] = json.loads(self.store.get(f"roll/{other}"))
+                    changed = time.monotonic()
+            now = time.monotonic()
+            if says and now - changed > SAID_AFTER_S:
+                print(f"waiting for {self.missing()}", flush=True)
+                changed = math.inf  # said once, until somebody else signs in
+            if now - started > timeout_s:
+                raise ValueError(f"waited for {self.missing()} to sign in: no answer in {timeout_s:.0f} s "
+                                 "(see distributed.timeout_s)")
+            time.sleep(POLL_S)
+        return self.entries
+
+
 def open_store(rank: int, local_rank: int, watch: Watch, timeout: timedelta) -> Store:
     """The store of keys and values that all ranks of a run share; waits for rank 0's host, which keeps the store.
 
@@ -47,24 +91,32 @@ def open_store(rank: int, local_rank: int, watch: Watch, timeout: timedelta) -> 
     where = f"rank 0's host to open port {port} at {address}"
     with waits(watch, lambda: where):
         if not keeps:
-            wait_for_port(address, int(port), f"waiting for {where}" if local_rank == 0 else "")
+            wait_for_port(address, int(port), where if local_rank == 0 else "")
         choose_interface(address)
         store = TCPStore(address, int(port), is_master=keeps, timeout=timeout, wait_for_workers=False, multi_tenant=True)
     # torchrun keeps one store for all its attempts; what an earlier attempt has written must not be taken for this one's
     return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def wait_for_port(address: str, port: int, said: str) -> None:
-    """Waits until a port can be reached, however long; the watch ends a wait that is too long."""
+def wait_for_port(address: str, port: int, said: str, timeout_s: float = math.inf) -> None:
+    """Waits until a port can be reached; says so after some seconds.
+
+    Raises:
+        ValueError: the time is over.
+    """
     started = time.monotonic()
     while True:
         try:
             socket.create_connection((address, port), timeout=1).close()
             return
-        except OSError:  # also a name that is not known yet, as while a cluster starts
-            if said and time.monotonic() - started > SAID_AFTER_S:
-                print(said, flush=True)
+        except OSError as error:  # also a name that is not known yet, as while a cluster starts
+            waited_s = time.monotonic() - started
+            if said and waited_s > SAID_AFTER_S:
+                print(f"waiting for {said}", flush=True)
                 said = ""
+            if waited_s > timeout_s:
+                raise ValueError(f"{address}:{port}: no answer in {timeout_s:.0f} s (see distributed.timeout_s): {error}. "
+                                 "Expected the launcher of the first host there") from None
             time.sleep(POLL_S)
 
 
@@ -92,7 +144,9 @@ def call_roll(store: Store, rank: int, world_size: int, local_rank: int, watch: 
     Raises:
         ValueError: on rank 0, with the first difference. The other ranks exit; one on each other host says it too.
     """
-    entries = exchange_entries(store, rank, world_size, sign_in(config), watch, says=local_rank == 0)
+    roll = Roll(store, "rank", world_size)
+    with waits(watch, lambda: f"{roll.missing()} to sign in"):
+        entries = roll.call(rank, sign_in(config), says=local_rank == 0)
     hosts = [entries[other]["host"] for other in range(world_size)]
     if rank == 0:
         found = difference(entries)
@@ -125,35 +179,6 @@ def sign_in(config: Config) -> dict[str, Any]:
     return {"host": socket.gethostname(), "code": code, "versions": versions, "settings": compared}
 
 
-def exchange_entries(
-    store: Store, rank: int, world_size: int, entry: dict[str, Any], watch: Watch, says: bool
-) -> dict[int, dict[str, Any]]:
-    """Says what this rank is and waits for what the others say. Polls: a blocking wait would not say who is missing."""
-    entries: dict[int, dict[str, Any]] = {}
-
-    def awaited() -> str:
-        missing = [other for other in range(world_size) if other not in entries]
-        present = by_host({other: said["host"] for other, said in sorted(entries.items())})
-        return f"{plural('rank', missing)} of {world_size} (signed in: {present or 'none'})"
-
-    since = time.monotonic()
-    with waits(watch, lambda: f"{awaited()} to sign in"):
-        store.set(f"roll/{rank}", json.dumps(entry))
-        while True:
-            joined = [other for other in range(world_size) if other not in entries and store.check([f"roll/{other}"])]
-            for other in joined:
-                entries[other] = json.loads(store.get(f"roll/{other}"))
-            if len(entries) == world_size:
-                return entries
-            if joined:
-                since = time.monotonic() if since else 0.0
-            elif since and time.monotonic() - since > SAID_AFTER_S:
-                if says:
-                    print(f"waiting for {awaited()}", flush=True)
-                since = 0.0
-            time.sleep(POLL_S)
-
-
 def wait_for_keys(store: Store, keys: list[str]) -> None:
     """Waits until all keys are set, for LEAVE_S at most."""
     deadline = time.monotonic() + LEAVE_S
@@ -183,16 +208,16 @@ def differing(first: dict[str, str], other: dict[str, str]) -> list[str]:
     return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
 
 
-def by_host(hosts: dict[int, str]) -> str:
+def by_host(hosts: dict[int, str], kind: str = "rank") -> str:
     """Ranks and their hosts, such as "ranks 0, 1 on host0; rank 2 on host1"."""
     ranks: dict[str, list[int]] = {}
     for rank, host in hosts.items():
         ranks.setdefault(host, []).append(rank)
-    return "; ".join(f"{plural('rank', numbers)} on {host}" for host, numbers in ranks.items())
+    return "; ".join(f"{plural(kind, numbers)} on {host}" for host, numbers in ranks.items())
 
 
-def plural(noun: str, numbers: list[int]) -> str:
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+def plural(kind: str, numbers: list[int]) -> str:
+    return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 @contextmanager
