@@ -10,6 +10,9 @@ bash launch.sh test                   run all tests
 bash launch.sh check [4b|35b]         what a new machine needs first: does every fast path compute right, and how fast
 bash launch.sh 4b  [key=value ...]    Qwen3-4B-Thinking-2507, int8 + LoRA, data-parallel over every visible GPU
 bash launch.sh 35b [key=value ...]    Qwen3.5-35B-A3B, nf4 + LoRA, split over two GPUs
+
+On several hosts, the last two on each of them: NNODES=2 NODE_RANK=0 HEAD=host0:29500 bash launch.sh 4b
+NODE_RANK is 0 on host0, which has the rows and gets the results, and 1, 2, ... on the others. Under Slurm: configs/slurm.sbatch
 EOF
 }
 
@@ -21,6 +24,11 @@ setup() {
   local extras=$1 alone=${2:-} python stamp
   stamp=".venv/.ready-$(cat setup.cfg constraints.txt launch.sh | sha256sum | cut -c1-16)-${extras//,/-}"
   [ -f "$stamp" ] && return
+  if command -v flock >/dev/null; then  # hosts that share this directory set it up one after the other
+    exec 9>>.setup-lock
+    flock 9
+    [ -f "$stamp" ] && { exec 9>&-; return; }
+  fi
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # not there, or cut short when it was made
     for python in python3.13 python3.12 python3.11 python3; do
       "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -36,6 +44,7 @@ setup() {
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps "$alone"; }
   } || fail "installing failed, see above; the same command tries again"
   touch "$stamp"
+  if command -v flock >/dev/null; then exec 9>&-; fi
 }
 
 # The value of KEY=... among the arguments, else of the first `KEY: value` in the configuration.
@@ -57,6 +66,18 @@ num_gpus() {
     listed=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cvE '^(-.*)?$' || true)
   fi
   echo "$listed"
+}
+
+# Sets `hosts` to what tells the launcher of this host about the others, and `node_rank` to this host's number.
+find_hosts() {
+  local expected="expected NNODES=2 NODE_RANK=0 HEAD=host0:29500 bash launch.sh ..., with NODE_RANK=1 on the second host"
+  hosts=(--standalone) node_rank=0
+  [ "${NNODES:-1}" = 1 ] && return
+  node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
+  [[ $NNODES =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$NNODES', $expected"
+  [[ $node_rank =~ ^[0-9]+$ && $node_rank -lt $NNODES ]] || fail "NODE_RANK is '$node_rank' of $NNODES hosts, $expected"
+  [[ ${HEAD:-} =~ ^[^:]+:[0-9]+$ ]] || fail "HEAD is '${HEAD:-}', $expected"
+  hosts=(--nnodes "$NNODES" --node-rank "$node_rank" --master-addr "${HEAD%:*}" --master-port "${HEAD##*:}")
 }
 
 command=${1:-}
@@ -103,10 +124,13 @@ EOF
     ;;
   4b | 35b)
     config=configs/$command.yaml
+    find_hosts
+    export GROUP_RANK=$node_rank  # torchrun's name: what is checked before a start asks for rows on the first host alone
     visible=$(num_gpus)
     problems=()
     [ "$visible" -gt 0 ] || problems+=("no NVIDIA GPU is visible (nvidia-smi -L lists none, or CUDA_VISIBLE_DEVICES hides it). Without one: bash launch.sh demo")
     for split in train eval; do
+      [ "$node_rank" = 0 ] || break  # the other hosts get their rows from the first one
       file=$(setting "data.$split" "$split" <(grep -A1 '^data:' "$config") "$@")
       [ -f "$file" ] || problems+=("$file is missing. Put your $split rows there as JSONL (README.md, \"Your own data\"), or add data.$split=FILE to this command")
     done
@@ -119,10 +143,12 @@ EOF
     .venv/bin/python -c 'from loop import config, errors; errors.run_command(lambda: config.parse_command_line(splits=True))' --config "$config" "$@"
     model=$(setting model.path path <(grep '^model:' "$config") "$@")
     .venv/bin/python -m model.weights.fetch "$model" >/dev/null
+    script=train.py
     if [ "$command" = 35b ]; then
-      exec .venv/bin/python pipeline_train.py --config "$config" "$@"  # starts a process a stage itself
+      script=pipeline_train.py
+      [ "${NNODES:-1}" != 1 ] || exec .venv/bin/python "$script" --config "$config" "$@"  # starts a process a stage itself
     fi
-    exec .venv/bin/python -m loop.distributed.launch --standalone --nproc-per-node "$visible" train.py --config "$config" "$@"
+    exec .venv/bin/python -m loop.distributed.launch "${hosts[@]}" --nproc-per-node "$visible" "$script" --config "$config" "$@"
     ;;
   "" | help | -h | --help) usage ;;
   *) usage >&2; fail "unknown command: $command" ;;

@@ -44,8 +44,9 @@ class Cluster(Hosts):
         (self.root / f"host{host}/config.yaml").write_text(yaml.safe_dump(settings))
 
     def rank(self, host, rank, world_size, *arguments, script=ROOT / "train.py", local_rank=0):
-        """Starts one rank, as `srun` starts ranks without torchrun."""
-        launched = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "host0", "MASTER_PORT": PORT}
+        """Starts one rank without a launcher; ranks alone then find each other."""
+        launched = {"RANK": rank, "LOCAL_RANK": local_rank, "GROUP_RANK": host, "WORLD_SIZE": world_size,
+                    "MASTER_ADDR": "host0", "MASTER_PORT": PORT}
         environment = processes.ENVIRONMENT | {name: str(value) for name, value in launched.items() if world_size > 1}
         directory = self.root / f"host{host}"
         files = [str(directory / f"rank{rank}.{kind}") for kind in ("out", "err")]
@@ -190,12 +191,14 @@ def test_a_late_host_is_named_and_a_cut_link_ends_both_sides_in_time(cluster):
     timeout_s = 24
     hosts = cluster(train__max_steps=24, checkpoint__every=3, distributed={"timeout_s": timeout_s})
     alone = hosts.rank(0, 0, 1, "run=alone")
-    command = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "host0", "--master-port", PORT]
+    command = "--nnodes 2 --node-rank 0 --master-addr host0 --master-port 29500 --nproc-per-node 1"
+    assert f"python -m loop.distributed.launch {command} train.py --config configs/4b.yaml\n" in (ROOT / "README.md").read_text()
     script = [ROOT / "train.py", "--config", "config.yaml"]
-    first = hosts.launch(0, "loop.distributed.launch", *command, "--node-rank", "0", *script)
+    first = hosts.launch(0, "loop.distributed.launch", *command.split(), *script)
     hosts.until(lambda: "waiting for node 1 of 2 (signed in: node 0 on host0)\n" in hosts.said(0, "launcher.out"))
     hosts.delay_s = 0.03  # so that steps take long enough to be cut
-    second = hosts.launch(1, "loop.distributed.launch", *command, "--node-rank", "1", *script)
+    command = command.replace("--node-rank 0", "--node-rank 1")
+    second = hosts.launch(1, "loop.distributed.launch", *command.split(), *script)
     hosts.until(lambda: (hosts.root / "host0/checkpoints/tiny/step-00000003").is_dir())
     hosts.cut(1)
     cut = time.monotonic()
@@ -249,8 +252,8 @@ def test_a_host_that_differs_is_found_before_training(cluster, differs, edited_c
         changed = hosts.settings | {"log": "other.log", "train": hosts.settings["train"] | {"learning_rate": 0.02}}
         changed["data"] = hosts.settings["data"] | {"train": "nowhere.jsonl"}  # read on rank 0 alone
         hosts.configure(1, changed)
-        message = ("rank 1 on host1 has another configuration than rank 0 on host0: train.learning_rate is 0.02, on rank 0 0.01. "
-                   "Give all hosts the same file and arguments")
+        message = ("rank 1 on host1 has another configuration than rank 0 on host0: "
+                   "train.learning_rate is 0.02, on rank 0 0.01. Give all hosts the same file and arguments")
     both = [hosts.rank(0, 0, 2), hosts.rank(1, 1, 2, script=script)]
     assert hosts.wait(*both) == [2, 2], hosts.everything()
     for rank in (0, 1):  # on both hosts, since each may have its own console
