@@ -6,11 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Sequence
 
-from data.records import BadRow, Dropped, Row, thought_and_answer
+from jinja2 import TemplateSyntaxError
+
+from data.limits import RENDER_S, TooSlow, time_limit
+from data.records import THINK_BLOCK, BadRow, Dropped, Row, thought_and_answer
 
 STOP_TOKEN = "<|im_end|>"
 OPEN_BLOCK = "<think>\n"
 CLOSED_BLOCK = "<think>\n\n</think>\n\n"
+QUESTION = "Is the knight on f3 or on g1?"  # tried on every template
+MAX_SLOW_ROWS = 3  # after so many the template is to blame, not the rows
+REMEDY = "Take chat_template.jinja and tokenizer_config.json from the model's publisher once more"
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class ChatFormat:
         think: `strip` renders with thinking off, `keep` with thinking on where the row has a thought.
 
     Raises:
-        ValueError: the tokenizer has no chat template or no `<|im_end|>`.
+        ValueError: the tokenizer has no `<|im_end|>`, no chat template, or one that is broken or leaves out the messages.
     """
 
     def __init__(self, tokenizer: Any, think: str) -> None:
@@ -43,11 +49,28 @@ class ChatFormat:
         # a tokenizer.json may switch these on, which would silently change ids and masks
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, name
+        self.num_slow_rows = 0
         self.think = think
         self.stop_id: int = tokenizer.convert_tokens_to_ids(STOP_TOKEN)
         # without tags such as <think>, which are added but not special tokens and may occur in a text
         self.control_tokens = tuple(token for token in tokenizer.all_special_tokens if token)
+        self.try_template()
+
+    def try_template(self) -> None:
+        """Renders one question. What a template refuses, such as a chat without a system message, the rows will show."""
+        where = f"{self.name}: its chat template"
+        try:
+            with time_limit(RENDER_S):
+                prompt = self.prompt([{"role": "user", "content": QUESTION}])
+        except TemplateSyntaxError as error:
+            raise ValueError(f"{where} has an error in line {error.lineno}: {error.message}. {REMEDY}") from None
+        except TooSlow:
+            raise ValueError(f"{where} takes over {RENDER_S:g} s for one short question. {REMEDY}") from None
+        except Exception:  # jinja's errors, TypeError and others share no narrower base
+            return
+        if QUESTION not in prompt:
+            raise ValueError(f"{where} leaves out the messages: of {QUESTION!r} it makes {prompt[:80]!r}. {REMEDY}")
 
     def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> str:
         """The text that a server gives to the model for these messages, up to where the model starts to write.
@@ -69,20 +92,32 @@ class ChatFormat:
         all ids of the example so far. Where the template renders an earlier turn differently from the last one (Qwen
         drops the think block), the next turn starts a new example.
         """
-        texts: list[str] = []
-        outcomes: list[Dropped | None] = []
-        for row in rows:
-            try:
-                texts += self.turn_texts(row)
-                outcomes.append(None)
-            except BadRow as bad:
-                outcomes.append(Dropped(row.line, row.source, bad.reason, bad.detail, bad=True))
+        rendered: dict[int, list[str] | Dropped] = {}
+        with time_limit(RENDER_S) as start_anew:
+            for i, row in enumerate(rows):
+                start_anew()
+                try:
+                    rendered[i] = self.turn_texts(row)
+                except BadRow as bad:
+                    rendered[i] = Dropped(row.line, row.source, bad.reason, bad.detail, bad=True)
+                except TooSlow:
+                    rendered[i] = self.slow_row(row)
+        texts = [text for outcome in rendered.values() if isinstance(outcome, list) for text in outcome]
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         encoded = iter([encoding.ids for encoding in encodings])
         return [
-            outcome or self.join_turns(row, [(next(encoded), next(encoded)) for _ in row.turns])
-            for row, outcome in zip(rows, outcomes)
+            outcome if isinstance(outcome, Dropped) else
+            self.join_turns(row, [(next(encoded), next(encoded)) for _ in row.turns])
+            for row, outcome in zip(rows, rendered.values())
         ]
+
+    def slow_row(self, row: Row) -> Dropped:
+        self.num_slow_rows += 1
+        if self.num_slow_rows == MAX_SLOW_ROWS:
+            raise ValueError(f"{self.name}: its chat template takes over {RENDER_S:g} s for each of {MAX_SLOW_ROWS} rows, the "
+                             f"last in line {row.line}. {REMEDY}")
+        detail = f"the template of {self.name} takes over {RENDER_S:g} s for its {len(row.messages)} messages"
+        return Dropped(row.line, row.source, "slow to render", detail, bad=True)
 
     def turn_texts(self, row: Row) -> list[str]:
         """Prompt and written text of every turn: prompt 1, text 1, prompt 2, text 2, ..."""
@@ -93,12 +128,27 @@ class ChatFormat:
             thinking = turn.thought is not None
             try:
                 prompt = self.prompt(row.messages[:index], thinking)
+            except TooSlow:
+                raise
             except Exception as error:  # templates raise jinja's errors or TypeError, which share no narrower base
                 raise BadRow("refused by the chat template", str(error)) from None
+            self.check_all_is_said(row.messages[:index], prompt)
             written = turn.answer if turn.thought is None else thought_and_answer(turn.thought, turn.answer)
             # the prompt may have opened the thought already
             texts += [prompt, written.removeprefix(OPEN_BLOCK) if prompt.endswith(OPEN_BLOCK) else written]
         return texts
+
+    def check_all_is_said(self, messages: Sequence[dict[str, str]], prompt: str) -> None:
+        """Raises unless the prompt holds all messages, in order. Templates trim them, and leave out earlier thoughts."""
+        position = 0
+        for index, message in enumerate(messages):
+            content = message["content"]
+            text = (THINK_BLOCK.sub("", content) if message["role"] == "assistant" else content).strip()
+            start = prompt.find(text, position)
+            if start < 0:
+                raise BadRow("left out by the chat template", f"messages[{index}].content, {text[:80]!r}, is missing or "
+                             f"misplaced in the prompt that the template of {self.name} makes")
+            position = start + len(text) if message["role"] != "system" else 0  # some templates say it with the last question
 
     def check_no_control_tokens(self, row: Row) -> None:
         for index, message in enumerate(row.messages):

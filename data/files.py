@@ -7,11 +7,12 @@ import hashlib
 import os
 import shutil
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Callable
+from typing import Callable
 
 
-def open_regular(path: str | Path, expected: str) -> BinaryIO:
+def open_regular(path: str | Path, expected: str) -> BufferedReader:
     """Opens a file for reading. A named pipe would wait for a writer, and a device such as /dev/zero never ends.
 
     Raises:

@@ -6,8 +6,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Iterator, Literal, NamedTuple
+
+from data.files import open_regular
+from data.limits import MAX_RENDERED, MAX_ROW_BYTES, MAX_TURNS, bounded_lines
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Row:
     messages: tuple[dict[str, str], ...]  # role and content; assistant contents in canonical form
     turns: tuple[Turn, ...]  # one for each assistant message, in order
 
+    @property
+    def rendered_characters(self) -> int:
+        """An upper bound of the text that is rendered: the prompt of every turn repeats all before it."""
+        return len(self.turns) * sum(len(message["content"]) for message in self.messages)
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -73,18 +82,16 @@ def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterato
     """Reads a JSONL file row by row; skips blank lines, but counts them as lines.
 
     Raises:
-        ValueError: the file is missing, is a directory, or may not be read.
+        ValueError: the file is missing, is no regular file, or may not be read.
     """
-    try:
-        file = open(Path(path).expanduser(), "rb")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}. Expected a JSONL file of chat rows, one row a line") from None
-    with file:
-        for line, raw in enumerate(file, start=1):
+    with open_rows(path) as file:
+        for line, (raw, num_bytes) in enumerate(bounded_lines(file), start=1):
             if raw.isspace():
                 continue
             source = "(unknown)"
             try:
+                if num_bytes > MAX_ROW_BYTES:
+                    raise BadRow("row too long", f"the line has {num_bytes:,} bytes, allowed are {MAX_ROW_BYTES:,}")
                 record = parse_json(raw, first=line == 1)
                 source = read_source(record)
                 if source in sources:
@@ -93,6 +100,10 @@ def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterato
                     yield Dropped(line, source, "source not in data.sources", f"metadata.source is {source!r}", bad=False)
             except BadRow as bad:
                 yield Dropped(line, source, bad.reason, bad.detail, bad=True)
+
+
+def open_rows(path: str | Path) -> BufferedReader:
+    return open_regular(path, "a JSONL file of chat rows, one row a line")
 
 
 def parse_json(raw: bytes, first: bool) -> dict:
@@ -125,6 +136,8 @@ def read_row(record: dict, line: int, source: str, think: str) -> Row:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRow("messages missing", f"expected a non-empty list, found {str(messages)[:80]}")
+    if len(messages) > 2 * MAX_TURNS + 1:
+        raise BadRow("too many turns", f"found {len(messages):,} messages, allowed are {2 * MAX_TURNS + 1}")
     for index, message in enumerate(messages):
         check_message(index, message)
     check_order([message["role"] for message in messages])
@@ -137,14 +150,18 @@ def read_row(record: dict, line: int, source: str, think: str) -> Row:
             turns.append(turn)
             content = turn.answer if turn.thought is None else thought_and_answer(turn.thought, turn.answer)
         canonical.append({"role": message["role"], "content": content})
-    return Row(line, source, tuple(canonical), tuple(turns))
+    row = Row(line, source, tuple(canonical), tuple(turns))
+    if row.rendered_characters > MAX_RENDERED:
+        raise BadRow("row too long", f"{len(turns)} turns repeat up to {row.rendered_characters:,} characters, allowed are "
+                     f"{MAX_RENDERED:,}")
+    return row
 
 
 def check_message(index: int, message: object) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRow("message without a role", f"messages[{index}] is {str(message)[:80]}")
     if message["role"] not in ROLES:
-        raise BadRow("unknown role", f"messages[{index}].role is {message['role']!r}, expected one of {', '.join(ROLES)}")
+        raise BadRow("unknown role", f"messages[{index}].role is {message['role'][:80]!r}, expected one of {', '.join(ROLES)}")
     content = message.get("content")
     if not isinstance(content, str):
         raise BadRow("message without text", f"messages[{index}].content is {str(content)[:80]}, expected a string")
@@ -164,7 +181,8 @@ def check_order(roles: list[str]) -> None:
     turns = roles[1:] if roles[0] == "system" else roles
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or turns != expected:
-        raise BadRow("roles out of order", f"found {' '.join(roles)}; expected [system] user assistant [user assistant ...]")
+        found = " ".join(roles)[:80]
+        raise BadRow("roles out of order", f"found {found}; expected [system] user assistant [user assistant ...]")
 
 
 def parse_answer(content: str, think: str, index: int) -> Turn:

@@ -13,14 +13,15 @@ from typing import Any, Iterable, Iterator
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from data.cache import read_tensors, say_damaged, write_tensors
 from data.chat import ChatFormat, Example
-from data.records import DataConfig, Dropped, Row, read_rows
+from data.limits import MAX_RENDERED
+from data.records import DataConfig, Dropped, Row, open_rows, read_rows
 
-FORMAT = 2  # increase FORMAT when ids or masks of the same rows change, so that old caches are not read
+FORMAT = 3  # increase FORMAT when ids or masks of the same rows change, so that old caches are not read
 ROWS_AT_ONCE = 512
 MAX_ERRORS_SHOWN = 5
 
@@ -95,6 +96,8 @@ class TokenizedRows:
 def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -> TokenizedRows:
     """Tokenizes the file of a split (`train` or `eval`), or reads the cache of the same rows and settings.
 
+    A damaged cache is said on stderr and made again.
+
     Raises:
         ValueError: what `tokenize` and `ChatFormat` raise; or the cache cannot be written.
     """
@@ -102,17 +105,14 @@ def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -
     ChatFormat(tokenizer, config.think)  # raises for an unsuitable tokenizer before it is used
     cached = cache_dir / f"{split}-{fingerprint(path, tokenizer, config)}.safetensors"
     try:
-        return replace(TokenizedRows.from_tensors(load_file(cached)), path=path)
-    except (FileNotFoundError, SafetensorError, KeyError):
-        pass  # no cache, or one that was cut short: tokenize
+        tensors = read_tensors(cached)
+        if tensors is not None:
+            return replace(TokenizedRows.from_tensors(tensors), path=path)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of `meta` not as it was written
+        say_damaged(cached, error)
     rows = tokenize(path, tokenizer, config)
-    partial = cached.with_suffix(".partial")
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        for outdated in cache_dir.glob(f"{split}-*"):
-            outdated.unlink(missing_ok=True)
-        save_file(rows.to_tensors(), partial)
-        partial.replace(cached)
+        write_tensors(cached, rows.to_tensors(), replaces=f"{split}-*")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{cached}: could not be written ({error}). Make room, or run where it can be written") from None
     return rows
@@ -120,11 +120,8 @@ def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -
 
 def fingerprint(path: str, tokenizer: Any, config: DataConfig) -> str:
     """A hash of all that determines ids and masks: data, tokenizer, chat template and settings."""
-    try:
-        with open(Path(path).expanduser(), "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}. Expected a JSONL file of chat rows, one row a line") from None
+    with open_rows(path) as file:
+        digest = hashlib.file_digest(file, "sha256")
     policy = {name: value for name, value in asdict(config).items() if name not in ("train", "eval")}
     for part in (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, json.dumps(policy), str(FORMAT)):
         digest.update(part.encode())
@@ -146,21 +143,29 @@ def tokenize(path: str, tokenizer: Any, config: DataConfig) -> TokenizedRows:
 
 def outcomes(path: str, chat: ChatFormat, config: DataConfig) -> Iterator[list[Example] | Dropped]:
     """Each row's examples, or why the row is dropped; in file order, except that each batch begins with its unreadable rows."""
-    for batch in batched(with_progress(path, read_rows(path, config.sources, config.think)), ROWS_AT_ONCE):
+    for batch in batched(with_progress(path, read_rows(path, config.sources, config.think))):
         # first, so that `bad_rows: error` stops before the batch is tokenized
         yield from (row for row in batch if isinstance(row, Dropped))
         yield from chat.examples([row for row in batch if isinstance(row, Row)])
 
 
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+def batched(rows: Iterable[Row | Dropped]) -> Iterator[list[Row | Dropped]]:
+    """Batches of ROWS_AT_ONCE rows; of fewer where they are so long that their prompts would fill the memory."""
+    batch: list[Row | Dropped] = []
+    num_characters = 0
+    for row in rows:
+        batch.append(row)
+        num_characters += row.rendered_characters if isinstance(row, Row) else 0
+        if len(batch) == ROWS_AT_ONCE or num_characters > MAX_RENDERED:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
         yield batch
 
 
 def with_progress(path: str, rows: Iterator[Row | Dropped]) -> Iterator[Row | Dropped]:
     """Passes rows on and shows a progress bar over the lines of the file, on terminals only."""
-    with open(Path(path).expanduser(), "rb") as file:
+    with open_rows(path) as file:
         num_lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     with tqdm(total=num_lines, unit="row", desc=f"tokenizing {Path(path).name}", disable=None, leave=False) as bar:
         for row in rows:
@@ -232,7 +237,8 @@ class FlatExamples:
                 "Raise data.max_tokens, or choose data.overlong=drop or data.overlong=truncate"
             )
         if not self.lines:
-            found = "; ".join(f"{name}: {c.rows} rows, dropped {c.dropped}" for name, c in self.counts.items())
+            found = "; ".join(f"{name[:80]}: {c.rows} rows, dropped {c.dropped}"
+                              for name, c in islice(self.counts.items(), MAX_ERRORS_SHOWN))
             raise ValueError(
                 f"{self.path}: no row is left to train on. data.sources is {list(self.config.sources)}; found {found}"
             )

@@ -1,12 +1,16 @@
 """Supervised ids, one by one, in every generation-prompt style; prompts written out by hand."""
 
 import json
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from data import chat
 from data.chat import ChatFormat
-from data.records import Dropped, read_rows
+from data.records import DataConfig, Dropped, read_rows
+from data.tokenized import tokenize
 
 TEXTBOOK = Path(__file__).parents[3] / "shared" / "data" / "textbook" / "train.jsonl"
 CLOSED = "<think>\n\n</think>\n\n"
@@ -123,22 +127,110 @@ def test_a_control_token_in_a_text_is_a_bad_row(tiny_tokenizers, write_rows, mak
 
 
 def test_what_the_template_refuses_is_a_bad_row(tiny_tokenizers, write_rows, make_row):
-    tokenizer = tiny_tokenizers["llama"]
-    template = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
+    with template(tiny_tokenizers["llama"], "{{ raise_exception('no system, please') }}") as tokenizer:
         (dropped,) = examples(tokenizer, write_rows([make_row("q", "a")]))
-    finally:
-        tokenizer.chat_template = template
     assert dropped.reason == "refused by the chat template" and "no system, please" in dropped.detail
 
 
 def test_models_without_chatml_are_refused(tiny_tokenizers):
-    tokenizer = tiny_tokenizers["llama"]
-    template = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = None
+    with template(tiny_tokenizers["llama"], None) as tokenizer:
         with pytest.raises(ValueError, match="expected one chat template, found none"):
             ChatFormat(tokenizer, "strip")
+
+
+# Templates that are not what they should be
+
+
+@contextmanager
+def template(tokenizer, text):
+    published = tokenizer.chat_template
+    tokenizer.chat_template = text
+    try:
+        yield tokenizer
     finally:
-        tokenizer.chat_template = template
+        tokenizer.chat_template = published
+
+
+def config(path, bad_rows="error"):
+    return DataConfig(train=path, eval=path, sources=("textbook",), bad_rows=bad_rows)
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+@pytest.mark.parametrize("text, problem", [
+    ("", "leaves out the messages: of 'Is the knight on f3 or on g1.' it makes ''"),
+    ("hello", "leaves out the messages: .* it makes 'hello'"),
+    ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out the messages: .* it makes 'user'"),
+    ("{{ messages[-1].content[:5] }}", "leaves out the messages: .* it makes 'Is th'"),
+    ("{% for x in", "has an error in line 1: "),
+    ("\n\n{{ messages | nosuchfilter }}", "has an error in line 3: No filter named 'nosuchfilter'"),
+])
+def test_a_template_that_is_broken_or_ignores_the_messages_ends_the_run(
+        tiny_tokenizers, write_rows, make_row, text, problem, bad_rows):
+    """Such templates trained without prompts, and nothing was said."""
+    with template(tiny_tokenizers["llama"], text) as tokenizer:
+        path = write_rows([make_row("q", "a")])
+        with pytest.raises(ValueError, match=f"^{tokenizer.name_or_path}: its chat template {problem}.*publisher") as error:
+            tokenize(path, tokenizer, config(path, bad_rows))
+    assert "\n" not in str(error.value)
+
+
+LAST_TWO = "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+REVERSED = "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+LAST_SYSTEM = ("{% for m in messages if m.role != 'system' %}{% if loop.last and messages[0].role == 'system' %}"
+               "{{ messages[0].content }}\n{% endif %}{{ m.content }}\n{% endfor %}")
+
+
+@pytest.mark.parametrize("text, lost", [(LAST_TWO, "messages[0].content, 'S'"), (NO_SYSTEM, "messages[0].content, 'S'"),
+                                        (REVERSED, "messages[2].content, 'First.'"), (LAST_SYSTEM, None)])
+def test_a_message_that_the_template_leaves_out_is_named(tiny_tokenizers, write_rows, make_row, text, lost):
+    with template(tiny_tokenizers["llama"], text) as tokenizer:
+        row, plain = examples(tokenizer, write_rows([make_row("One?", "First.", "Two?", "Second.", system="S"),
+                                                     make_row("q", "a")]))
+    assert len(plain) == 1
+    if lost is None:
+        assert len(row) == 2
+    else:
+        assert row.bad and row.reason == "left out by the chat template"
+        where = f"the prompt that the template of {tokenizer.name_or_path} makes"
+        assert row.detail == f"{lost}, is missing or misplaced in {where}"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("think", ["strip", "keep"])
+def test_published_templates_leave_nothing_out(qwen3_tokenizers, write_rows, make_row, style, think):
+    """They trim, and leave out the thoughts of earlier answers; real rows are tried above."""
+    turns = ("\n One? ", "<think>a</think>\n\nFirst.\n", "Two?", "<think>b</think>Second.", "One?", "First.", "", "Third.")
+    (made,) = examples(qwen3_tokenizers[style], write_rows([make_row(*turns, system=" S\n")]), think)
+    assert len(made) > 1
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end_is_named(tiny_tokenizers, monkeypatch):
+    monkeypatch.setattr(chat, "RENDER_S", 0.2)
+    start = time.process_time()
+    with template(tiny_tokenizers["llama"], ENDLESS) as tokenizer:
+        with pytest.raises(ValueError, match=f"{tokenizer.name_or_path}: its chat template takes over 0.2 s for one short"):
+            ChatFormat(tokenizer, "strip")
+    assert time.process_time() - start < 5
+
+
+def test_rows_that_take_too_long_are_bad_and_the_third_ends_the_run(tiny_tokenizers, write_rows, make_row, monkeypatch):
+    monkeypatch.setattr(chat, "RENDER_S", 0.1)
+    slow = f"{{% if 'slow' in messages[0].content %}}{ENDLESS}{{% endif %}}{{{{ messages[0].content }}}}"
+    rows = [make_row("slow", "a"), make_row("q", "a"), make_row("slow", "b"), make_row("q", "b")]
+    with template(tiny_tokenizers["llama"], slow) as tokenizer:
+        path = write_rows(rows)
+        made = examples(tokenizer, path)
+        assert [isinstance(outcome, Dropped) for outcome in made] == [True, False, True, False]
+        assert made[0].bad and made[0].reason == "slow to render"
+        assert split(tokenizer, made[1][0]) == ["q", "a<|im_end|>"] and split(tokenizer, made[3][0]) == ["q", "b<|im_end|>"]
+        with pytest.raises(ValueError, match=f"{path}:1: slow to render: the template of {tokenizer.name_or_path} takes"):
+            tokenize(path, tokenizer, config(path))
+        kept = tokenize(path, tokenizer, config(path, "skip"))
+        assert kept.counts["textbook"].dropped == {"slow to render": 2} and kept.counts["textbook"].kept == 2
+        path = write_rows([*rows, rows[0]])
+        with pytest.raises(ValueError, match="takes over 0.1 s for each of 3 rows, the last in line 5"):
+            tokenize(path, tokenizer, config(path, "skip"))
