@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from data.batches import Batches
-from data.files import sync
+from data.files import open_regular, sync
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
 from loop.distributed.groups import Ranks
@@ -25,8 +25,11 @@ from loop.state import State, newest_checkpoint
 from model.build import build_empty
 from model.moe.usage import start_counting
 from model.weights.fetch import from_cache, model_directory
+from model.weights.header import parse_json_object
 
 SHAPES = ROOT / "configs/models"  # config.json of the models that the configurations name
+TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
+                   "chat_template.jinja")
 LOCK = ".lock"
 LOCKS: dict[Path, TextIO] = {}  # by the directory that this process has locked; kept open until the process ends
 
@@ -97,15 +100,33 @@ def load_tokenizer(model_dir: Path) -> Any:
     """Reads the model's tokenizer.
 
     Raises:
-        ValueError: the tokenizer is missing or is not a fast one.
+        ValueError: the tokenizer is missing or damaged, or is not a fast one; names the file as far as it is known.
     """
+    for file in (model_dir / name for name in TOKENIZER_FILES):
+        if file.exists():  # a pipe would wait forever, and neither library says which file of its own is damaged
+            with open_regular(file, "a file of the model's tokenizer") as opened:
+                check_text(opened.read(), file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{model_dir}: no tokenizer could be read ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # tokenizers raises Exception itself, transformers whatever a wrong setting leads to
+        where = model_dir / "tokenizer.json" if type(error) is Exception else model_dir
+        found = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: no tokenizer could be read ({found}). Expected tokenizer.json and tokenizer_config.json of "
+                         "a chat model; download them again") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{model_dir}: its tokenizer has no tokenizer.json, which is needed")
     return tokenizer
+
+
+def check_text(data: bytes, file: Path) -> None:
+    """Raises unless a file of the tokenizer is text, and a JSON object where it is small; tokenizers parses its own file."""
+    if file.suffix == ".json" and file.name != "tokenizer.json":
+        parse_json_object(data, str(file))
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at {error.start} is not UTF-8"
+        raise ValueError(f"{file}: {found}; download the file again") from None
 
 
 def load_batches(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Batches, Batches]:

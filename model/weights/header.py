@@ -22,6 +22,7 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }
+UNREADABLE = "the file is damaged: download or write it again"
 DAMAGED = "the file is damaged or not a safetensors file: download or write it again"
 
 
@@ -76,7 +77,7 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
         if len(parsed) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{what}: the key {short(twice)} appears twice; {DAMAGED}")
+            raise CheckpointError(f"{what}: the key {short(twice)} appears twice; {UNREADABLE}")
         return parsed
 
     try:
@@ -84,9 +85,9 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{what}: expected JSON in UTF-8, found {short(str(error))}; {DAMAGED}") from error
+        raise CheckpointError(f"{what}: expected JSON in UTF-8, found {short(str(error))}; {UNREADABLE}") from error
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{what}: expected a JSON object, found {short(parsed)}; {DAMAGED}")
+        raise CheckpointError(f"{what}: expected a JSON object, found {short(parsed)}; {UNREADABLE}")
     return parsed
 
 

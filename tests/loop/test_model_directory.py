@@ -1,11 +1,13 @@
-"""A model directory is data: whatever its files name, no code of its own runs, and nobody is asked whether it may."""
+"""A model directory is data: no code of its own runs, nobody is asked whether it may, and what is damaged is named."""
 
 import builtins
 import json
+import os
 
 import pytest
 import torch
 
+from data.chat import ChatFormat
 from loop.run import load_tokenizer
 from model.build import build_empty
 from model.config import LoraConfig
@@ -65,3 +67,65 @@ def test_code_of_a_tokenizer_is_ignored_or_refused(hostile, tokenizer_class, mod
         assert len(load_tokenizer(hostile).encode("Nf3")) == 3
     except ValueError as error:
         assert str(hostile) in str(error) and "\n" not in str(error)
+
+
+# Damaged files of the tokenizer
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_tiny(tmp_path / "model", kind="qwen3", num_hidden_layers=1)
+
+
+def half(file):
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def as_pipe(file):
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def text(content):
+    return lambda file: file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, damage, problem", [
+    ("tokenizer.json", half, "EOF while parsing"),
+    ("tokenizer.json", text(b""), "EOF while parsing a value"),
+    ("tokenizer.json", text(b"{}"), "Model missing"),
+    ("tokenizer.json", text(b"[]"), "expected struct Tokenizer"),
+    ("tokenizer.json", text(b"[" * 100_000), "no tokenizer could be read"),
+    ("tokenizer.json", text(b"{\xff"), "byte 0xff at 1 is not UTF-8"),
+    ("tokenizer.json", as_pipe, "not a regular file"),
+    ("tokenizer_config.json", half, "expected JSON in UTF-8"),
+    ("tokenizer_config.json", text(b""), "expected JSON in UTF-8"),
+    ("tokenizer_config.json", text(b"[]"), "expected a JSON object"),
+    ("tokenizer_config.json", text(b"[" * 100_000), "expected JSON in UTF-8"),
+    ("tokenizer_config.json", text(b"\xff"), "expected JSON in UTF-8"),
+    ("tokenizer_config.json", as_pipe, "not a regular file"),
+    ("special_tokens_map.json", text(b'["a"'), "expected JSON in UTF-8"),
+    ("added_tokens.json", text(b'["a"'), "expected JSON in UTF-8"),
+    ("config.json", text(b"{" + b'"a":{' * 100_000), "expected JSON in UTF-8"),
+    ("chat_template.jinja", text(b"\xfe"), "byte 0xfe at 0 is not UTF-8"),
+    ("chat_template.jinja", as_pipe, "not a regular file"),
+])
+def test_a_damaged_file_is_named_in_one_line(model, name, damage, problem):
+    damage(model / name)
+    with pytest.raises(ValueError, match=f"^{model / name}: .*{problem}") as error:
+        load_tokenizer(model)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("setting", [{"eos_token": 3}, {"tokenizer_class": ["a"]}, {"added_tokens_decoder": {"x": 3}},
+                                     {"auto_map": 3}])
+def test_wrong_settings_of_a_tokenizer_are_named(model, setting):
+    change(model / "tokenizer_config.json", **setting)
+    with pytest.raises(ValueError, match=f"^{model}: no tokenizer could be read .*download them again$"):
+        load_tokenizer(model)
+
+
+def test_a_template_with_a_syntax_error_is_named_with_its_line(model):
+    (model / "chat_template.jinja").write_text("{{ messages }}\n{% for x in")
+    with pytest.raises(ValueError, match=f"^{model}: its chat template has an error in line 2: .*publisher once more$"):
+        ChatFormat(load_tokenizer(model), "strip")
