@@ -27,8 +27,8 @@ class DataConfig:
     bad_rows: Literal["error", "skip"] = "error"  # what happens to rows that cannot be read
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 2:
-            raise ValueError(f"data.max_tokens is {self.max_tokens}, expected at least 2")
+        if not 2 <= self.max_tokens <= 2**24:  # positions are 32-bit numbers
+            raise ValueError(f"data.max_tokens is {self.max_tokens}, expected at least 2 and at most {2**24:,}")
         if not self.sources:
             raise ValueError("data.sources is empty: name at least one metadata.source, such as [textbook]")
 

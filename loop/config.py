@@ -13,33 +13,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Literal
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from data.records import DataConfig
 from model.config import LoraConfig, ModelConfig
 
-AT_LEAST = {  # the least value of a setting, and how an error names its expected values
-    "train.epochs": (1, "at least 1"), "train.rows_per_step": (1, "at least 1"),
-    "train.microbatch_tokens": (128, "at least 128"), "train.max_steps": (1, "at least 1, or null"),
-    "train.memory_trace": (1, "the number of a step from 1, or null"),
-    "train.seed": (0, "at least 0"), "train.keep_layers": (0, "at least 0"), "eval.every": (1, "at least 1 step"),
-    "eval.max_rows": (1, "at least 1 row, or null for all"), "checkpoint.every": (1, "at least 1 step"),
-    "checkpoint.every_s": (1, "at least 1 second"),
-    "checkpoint.keep": (1, "at least 1"), "distributed.timeout_s": (1, "at least 1 second"),
+MOST = 1_000_000_000  # where nothing else bounds a number
+MOST_STEPS = 10_000_000  # which take months; seeds are added to steps and ranks, and stay within 64 bits
+BOUNDS: dict[str, tuple[float, float, str]] = {  # the least and the largest value of a setting, and what else it may be
+    "train.epochs": (1, 100_000, ""), "train.rows_per_step": (1, MOST, ""),
+    "train.microbatch_tokens": (128, 2**24, ""),  # positions in a packed stream are 32-bit numbers
+    "train.learning_rate": (1e-12, 1, ""),  # AdamW moves a weight by about the rate: above 1 no weight keeps its meaning
+    "train.warmup_fraction": (0, 1, ""),
+    "train.weight_decay": (0, 100, ""),  # a step takes the share rate times decay from a weight
+    "train.max_grad_norm": (1e-12, 1e12, ""),  # norms are float32, which ends at 3e38
+    "train.keep_layers": (0, 1000, ""), "train.max_steps": (1, MOST_STEPS, ", or null"), "train.seed": (0, 2**63 - 1, ""),
+    "train.memory_trace": (1, MOST_STEPS, ", or null"),
+    "eval.every": (1, MOST, " steps"), "eval.max_rows": (1, MOST, ", or null for all rows"),
+    "checkpoint.every": (1, MOST, " steps"), "checkpoint.every_s": (1, MOST, " seconds"), "checkpoint.keep": (1, MOST, ""),
+    "distributed.timeout_s": (1, 7 * 24 * 3600, " seconds"),
 }
+MOST_BYTES = 64 * 1024  # of a configuration; those in configs/ have 2,000
+DEEPEST = 10  # sections and lists within each other; PyYAML's parser in C overflows its stack at some ten thousand
+LONGEST = 200  # characters of what an error repeats
 
 
 class Section:
-    """A section of the configuration, such as `train`; checks the settings that AT_LEAST names."""
+    """A section of the configuration, such as `train`; checks the settings that BOUNDS names."""
 
     def __post_init__(self) -> None:
         section = type(self).__name__.removesuffix("Config").lower()
         for key, value in vars(self).items():
-            least, expected = AT_LEAST.get(f"{section}.{key}", (None, ""))
-            if least is not None and value is not None and value < least:
-                raise ValueError(f"{section}.{key} is {value}, expected {expected}")
+            least, most, otherwise = BOUNDS.get(f"{section}.{key}", (0, 0, ""))
+            if most and value is not None and not least <= value <= most:
+                bounds = f"{least:,} to {most:,}" if isinstance(value, int) else f"a finite number from {least:g} to {most:g}"
+                raise ValueError(f"{section}.{key} is {shortened(str(value))}, expected {bounds}{otherwise}")
 
 
 @dataclass(frozen=True)
@@ -69,10 +79,6 @@ class TrainConfig(Section):
         super().__post_init__()
         if self.keep_layers and not self.recompute:
             raise ValueError("train.keep_layers keeps layers from being recomputed, but train.recompute is false: all are kept")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise ValueError("train.learning_rate and train.max_grad_norm must be above 0")
-        if not 0 <= self.warmup_fraction <= 1 or self.weight_decay < 0:
-            raise ValueError("train.warmup_fraction must be from 0 to 1, train.weight_decay at least 0")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.max_steps or self.epochs * steps_per_epoch
@@ -115,7 +121,7 @@ class PipelineConfig:
             split = "auto" if text == "auto" else [int(cut) for cut in text.split(",")]
         except ValueError:
             raise ValueError(
-                f"pipeline.split is {self.split!r}, expected sublayer numbers such as 40 or 30,60, or auto") from None
+                f"pipeline.split is {shortened(text)!r}, expected sublayer numbers such as 40 or 30,60, or auto") from None
         object.__setattr__(self, "split", split)
 
     def num_stages(self, otherwise: int) -> int:
@@ -140,23 +146,24 @@ class Config:
     log: str = "/tmp/chess-train.log"  # the console's lines, appended
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.run) or self.run.startswith("."):
-            raise ValueError(f"run is {self.run!r}, expected a name of letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.run) or self.run.startswith("."):
+            raise ValueError(f"run is {shortened(self.run)!r}, expected a name of letters, digits, '.', '_' and '-'")
 
     @property
     def run_dir(self) -> Path:
         return Path("checkpoints") / self.run
 
 
-def parse_command_line(splits: bool = False) -> Config:
+def parse_command_line(splits: bool = False, arguments: list[str] | None = None) -> Config:
     """Reads the arguments of train.py, `--config FILE [key=value ...]`, or those of pipeline_train.py, which `splits`: there
-    the file has a default, and `--split CUTS` is another form of `pipeline.split=CUTS`."""
+    the file has a default, and `--split CUTS` is another form of `pipeline.split=CUTS`. This process's own by default."""
     over = "split over several devices" if splits else "on one device or, under torchrun, on several"
-    parser = argparse.ArgumentParser(description=f"Train LoRA adapters on a model {over}.")
+    script = "pipeline_train.py" if splits else "train.py"
+    parser = argparse.ArgumentParser(prog=script, description=f"Train LoRA adapters on a model {over}.")
     if splits:
         parser.add_argument("--split", metavar="CUTS", help="sublayers where stages 1, 2, ... begin: 40 | 30,60 | auto")
     add_config_arguments(parser, default="configs/35b.yaml" if splits else None)
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     cuts = [f"pipeline.split={args.split}"] if splits and args.split is not None else []
     return load_config(args.config, args.overrides + cuts)
 
@@ -173,11 +180,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ValueError: names the file or override, the key, what was found and what was expected.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        loaded = OmegaConf.create(text)
+        with open(path, "rb") as file:
+            raw = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}. Expected a configuration file, such as configs/4b.yaml") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    if len(raw) > MOST_BYTES:
+        raise ValueError(f"{path}: over {MOST_BYTES:,} bytes, expected a configuration file, such as configs/4b.yaml")
+    try:
+        text = raw.decode("utf-8-sig")
+        check_nesting(text, path)
+        loaded = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: thousands of digits
         raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path}: expected sections such as model: and train:, found {type(loaded).__name__}")
@@ -186,6 +199,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     with errors_begin_with(path):
         merged: Any = OmegaConf.merge(OmegaConf.structured(Config), loaded)
     return overridden(merged, overrides or [], str(path))
+
+
+def check_nesting(text: str, path: str | Path) -> None:
+    """Reads YAML event by event, without recursion.
+
+    Raises:
+        ValueError: the YAML is nested too deep, or has aliases, with which a few lines can describe more than memory holds.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1
+        if depth > DEEPEST:
+            raise ValueError(f"line {line} is nested more than {DEEPEST} deep, expected sections with their settings")
+        if depth == 0 and isinstance(event, yaml.ScalarEvent):
+            raise ValueError(f"expected sections such as model: and train:, found {shortened(event.value)!r}")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {line} has an alias, *{event.anchor}, which is not supported: write the value itself")
 
 
 def overridden(config: Config | DictConfig, overrides: list[str], where: str = "the configuration") -> Config:
@@ -198,7 +229,9 @@ def overridden(config: Config | DictConfig, overrides: list[str], where: str = "
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
-            raise ValueError(f"{override!r}: expected key=value, such as train.learning_rate=2e-4")
+            raise ValueError(f"{shortened(override)!r}: expected key=value, such as train.learning_rate=2e-4")
+        if name.count(".") > DEEPEST:
+            raise ValueError(f"{shortened(override)}: no such setting, expected a section and a name, such as train.seed")
         nested: Any = convert(name, text)
         for key in reversed(name.split(".")):
             nested = {key: nested}
@@ -239,13 +272,17 @@ def errors_begin_with(where: str | Path) -> Iterator[None]:
     try:
         yield
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{where}: {one_line(error)}") from None
+        raise ValueError(f"{shortened(str(where))}: {one_line(error)}") from None
 
 
 def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
-    return "; ".join(kept).replace("full_key:", "key:")
+    return shortened("; ".join(kept).replace("full_key:", "key:"))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def to_yaml(config: Config) -> str:

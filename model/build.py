@@ -3,7 +3,6 @@ Peaks at the quantized model plus a few slices of the checkpoint; the model neve
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.config import LoraConfig
-from model.lora import add_adapters, check_targets
+from model.architectures import LINEARS as SUPPORTED
+from model.architectures import read_config
+from model.config import LoraConfig, check_keep_layers, check_targets
+from model.lora import add_adapters
 from model.mixers import PACKED
 from model.moe.experts import FrozenExperts
 from model.ops.fused import fuse
@@ -23,8 +24,6 @@ from model.stages import Stage
 from model.weights.identity import Checksums
 from model.weights.shards import Checkpoint, Experts, Weight, stream, verify_manifest, wanted_bytes
 
-SUPPORTED = ("llama", "qwen3", "qwen3_5_moe_text")  # model_type of the text model
-NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads")  # of config.json
 # linears with one output, or one a head, that gate other modules: neither quantized nor adapted
 GATES = ("in_proj_a", "in_proj_b", "shared_expert_gate")
 FEED_FORWARD = ("post_attention_layernorm", "mlp")  # modules of a layer's second sublayer; all others belong to the first
@@ -92,8 +91,7 @@ def build_empty(
     check_targets(lora, linear_names(model), has_experts=bool(expert_names(model)))
     all_names = {name for name, _ in model.named_parameters()}
     stop = 2 * model.config.num_hidden_layers if stop is None else stop
-    if keep_layers > (stop + 1) // 2 - first // 2:
-        raise ValueError(f"train.keep_layers is {keep_layers}, but the stage has {(stop + 1) // 2 - first // 2} layers")
+    check_keep_layers(keep_layers, first, stop)
     drop_others(model, first, stop)
     linears, experts = linear_names(model), expert_names(model)
     compute_dtype = model.dtype
@@ -114,11 +112,15 @@ def skeleton(model_dir: Path, base: str) -> Any:
         ValueError: config.json is missing or names an architecture that is not supported.
     """
     config = text_config(model_dir)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16,
-            trust_remote_code=False,
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16,
+                trust_remote_code=False)
+    except Exception as error:  # an unknown hidden_act is a KeyError, an unknown rope_type an AttributeError, and so on
+        raise ValueError(
+            f"{config_file(model_dir)}: transformers cannot build the model: {one_line(error)}"
+        ) from error
 
 
 def text_config(model_dir: Path) -> Any:
@@ -127,26 +129,24 @@ def text_config(model_dir: Path) -> Any:
     Raises:
         ValueError: as in `skeleton`.
     """
-    file = model_dir / "config.json" if model_dir.suffix != ".json" else model_dir
-    if not file.is_file():
-        raise ValueError(f"{model_dir}/config.json: not found. Expected a directory with config.json and *.safetensors files")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    text = found.get("text_config", found) if isinstance(found, dict) else {}
-    missing = [key for key in ("model_type", *NEEDED) if key not in text]
-    if missing:
-        raise ValueError(f"{file}: {', '.join(missing)} missing. Expected the config.json of a Hugging Face model")
+    file = config_file(model_dir)
+    read_config(file)
     try:
         config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False).get_text_config()
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: transformers cannot read it: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # those of transformers for a wrong value have no class in common
+        raise ValueError(f"{file}: transformers cannot read it: {one_line(error)}") from error
     if config.model_type not in SUPPORTED:
-        raise ValueError(
-            f"{model_dir}/config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}"
-        )
+        raise ValueError(f"{file}: model_type {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
     return config
+
+
+def config_file(model: Path) -> Path:
+    """The config.json of a model directory; a file is one itself."""
+    return model if model.suffix == ".json" else model / "config.json"
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def linear_names(model: Any) -> list[str]:

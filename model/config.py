@@ -4,7 +4,11 @@ Imports no torch, so that the settings are checked before anything is loaded."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Iterable, Literal
+
+MOST_RANK = 65_536  # the largest hidden size (see architectures.py): a larger rank could add nothing
+MOST_ALPHA = 1_000_000  # the adapter's output, scaled by alpha / rank, must stay a float32
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,52 @@ class LoraConfig:
     experts: bool = False  # also adapt every routed expert of a mixture-of-experts model, each with rank `rank`
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}, expected at least 1")
+        if not 1 <= self.rank <= MOST_RANK:
+            raise ValueError(f"lora.rank is {self.rank}, expected at least 1 and at most {MOST_RANK:,}")
+        if not 0 < self.alpha <= MOST_ALPHA:
+            raise ValueError(f"lora.alpha is {self.alpha}, expected a finite number above 0 and at most {MOST_ALPHA:,}")
         if not self.target:
             raise ValueError("lora.target is empty: name at least one linear, such as [q_proj, v_proj]")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
         if self.experts and self.dropout:
             raise ValueError(f"lora.dropout is {self.dropout}, expected 0 with lora.experts: peft knows no other either")
+
+
+def local_directory(path: str) -> Path | None:
+    """The directory that `model.path` names, or None where it is a name on the Hugging Face hub.
+
+    Raises:
+        ValueError: no such directory, and no name on the hub either.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model.path: {path}: no such directory. Expected one, or a hub name such as Qwen/Qwen3-4B-Thinking-2507"
+        )
+    return None
+
+
+def check_targets(config: LoraConfig, names: Iterable[str], has_experts: bool = False) -> None:
+    """Checks that the model has everything that is to be adapted; `names` are the names of all its linears.
+
+    Raises:
+        ValueError: no linear has the name of a target, or `lora.experts` is set for a model without routed experts.
+    """
+    if config.experts and not has_experts:
+        raise ValueError("lora.experts is true, but the model has no routed experts")
+    known = {name.rpartition(".")[2] for name in names}
+    for target in config.target:
+        if target not in known:
+            raise ValueError(f"lora.target: no linear of the model is called {target!r}; there are {', '.join(sorted(known))}")
+
+
+def check_keep_layers(keep_layers: int, first: int, stop: int) -> None:
+    """Raises:
+        ValueError: the stage of sublayers `first` to `stop` has fewer layers than are to be kept.
+    """
+    num_layers = (stop + 1) // 2 - first // 2
+    if keep_layers > num_layers:
+        raise ValueError(f"train.keep_layers is {keep_layers}, but the stage has {num_layers} layers")

@@ -119,20 +119,6 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int, device: torch.
                 LoraExperts(experts, gate_up_a_XD, down_a_XI, config.alpha / config.rank))
 
 
-def check_targets(config: LoraConfig, names: list[str], has_experts: bool = False) -> None:
-    """Checks that the model has everything that is to be adapted; `names` are the names of all its linears.
-
-    Raises:
-        ValueError: no linear has the name of a target, or `lora.experts` is set for a model without routed experts.
-    """
-    if config.experts and not has_experts:
-        raise ValueError("lora.experts is true, but the model has no routed experts")
-    known = {name.rpartition(".")[2] for name in names}
-    for target in config.target:
-        if target not in known:
-            raise ValueError(f"lora.target: no linear of the model is called {target!r}; there are {', '.join(sorted(known))}")
-
-
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Adapter parameters by global name, such as `model.layers.3.mlp.up_proj.lora_A`."""
     return {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}

@@ -12,6 +12,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
+from model.config import local_directory
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chess-coach-trainer"
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 REST = ["config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja",
@@ -29,14 +31,7 @@ def model_directory(path: str, weights: bool = True, quiet: bool = False) -> Pat
     Raises:
         ValueError: no such directory or repository, too little space, or no network; says how to fetch the model.
     """
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model.path: {path}: no such directory. Expected one, or a hub name such as Qwen/Qwen3-4B-Thinking-2507"
-        )
-    return from_cache(path, weights) or download(path, weights, quiet)
+    return local_directory(path) or from_cache(path, weights) or download(path, weights, quiet)
 
 
 def from_cache(repo: str, weights: bool) -> Path | None:

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from model.config import LoraConfig, check_targets
 from model.lora import (
-    LoraConfig,
     LoraLinear,
     adapter_parameters,
     adapters_off,
     add_adapters,
-    check_targets,
     to_peft_name,
 )
 from model.quant import PlainLinear

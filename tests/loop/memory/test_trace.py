@@ -254,5 +254,5 @@ def test_the_traced_step_counts_as_any_other_and_a_full_disk_does_not_end_traini
 
 
 def test_a_step_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="train.memory_trace is 0, expected the number of a step from 1, or null"):
+    with pytest.raises(ValueError, match="train.memory_trace is 0, expected 1 to 10,000,000, or null"):
         TrainConfig(epochs=1, rows_per_step=1, microbatch_tokens=128, learning_rate=1e-3, memory_trace=0)
