@@ -126,6 +126,10 @@ EOF
     config=configs/$command.yaml
     find_hosts
     export GROUP_RANK=$node_rank  # torchrun's name: what is checked before a start asks for rows on the first host alone
+    script=$([ "$command" = 35b ] && echo pipeline_train.py || echo train.py)
+    # mistakes in settings, rows and model are named before anything is installed, if Python is there, downloaded or started
+    check=(.venv/bin/python -m loop.distributed.preflight "$script" --config "$config" "$@")
+    .venv/bin/python -c 'import omegaconf' 2>/dev/null && "${check[@]}"
     visible=$(num_gpus)
     problems=()
     [ "$visible" -gt 0 ] || problems+=("no NVIDIA GPU is visible (nvidia-smi -L lists none, or CUDA_VISIBLE_DEVICES hides it). Without one: bash launch.sh demo")
@@ -139,14 +143,11 @@ EOF
       exit 2
     fi
     setup "$([ "$command" = 35b ] && echo plots,gpu || echo plots)"
-    # settings are checked before anything is downloaded or started
-    .venv/bin/python -c 'from loop import config, errors; errors.run_command(lambda: config.parse_command_line(splits=True))' --config "$config" "$@"
+    "${check[@]}"
     model=$(setting model.path path <(grep '^model:' "$config") "$@")
     .venv/bin/python -m model.weights.fetch "$model" >/dev/null
-    script=train.py
-    if [ "$command" = 35b ]; then
-      script=pipeline_train.py
-      [ "${NNODES:-1}" != 1 ] || exec .venv/bin/python "$script" --config "$config" "$@"  # starts a process a stage itself
+    if [ "$command" = 35b ] && [ "${NNODES:-1}" = 1 ]; then
+      exec .venv/bin/python "$script" --config "$config" "$@"  # starts a process a stage itself
     fi
     exec .venv/bin/python -m loop.distributed.launch "${hosts[@]}" --nproc-per-node "$visible" "$script" --config "$config" "$@"
     ;;

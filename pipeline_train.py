@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from loop.config import parse_command_line
 from loop.distributed.launch import start_stages
+from loop.distributed.preflight import check_split, preflight
 from loop.errors import run_command
 
-if __name__ == "__main__":  # mistyped settings are answered, and the other ranks started, before everything else is imported
-    run_command(lambda: start_stages(parse_command_line(splits=True).pipeline))
+if __name__ == "__main__":  # mistakes are answered, and the other ranks started, before everything else is imported
+    run_command(lambda: start_stages(preflight(splits=True).pipeline))
 
 from loop.fit import fit
 from loop.memory.phases import Memory
 from loop.out_of_memory import reporting
 from loop.paths import prove
 from loop.pipeline.gpipe import passes
-from loop.pipeline.split import check_split, choose_split, table
+from loop.pipeline.split import choose_split, table
 from loop.planned import Plan
 from loop.run import finish, headline, load_batches, load_state, prepare_directory, start
 from loop.state import resume

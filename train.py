@@ -9,10 +9,11 @@ from __future__ import annotations
 from functools import partial
 
 from loop.config import parse_command_line
+from loop.distributed.preflight import preflight
 from loop.errors import run_command
 
-if __name__ == "__main__":  # a mistyped setting is answered here, before torch is imported
-    run_command(parse_command_line)
+if __name__ == "__main__":  # mistakes in settings, rows and model are answered here, before torch is imported
+    run_command(preflight)
 
 from loop import accumulate
 from loop.fit import fit

@@ -66,6 +66,12 @@ class Dropped:
     bad: bool  # False: left out as configured (another source); True: the row is broken
 
 
+def bad_row(path: str, dropped: Dropped) -> str:
+    """What to say of a row that cannot be trained on: where, what was found, and what to do."""
+    return (f"{path}:{dropped.line}: {dropped.reason}" + (f": {dropped.detail}" if dropped.detail else "")
+            + ". Mend the row, or leave such rows out with data.bad_rows=skip")
+
+
 class BadRow(Exception):
     """A row cannot be used; whoever reads or renders rows turns this into a `Dropped`."""
 

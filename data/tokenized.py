@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.cache import read_tensors, say_damaged, write_tensors
 from data.chat import ChatFormat, Example
 from data.limits import MAX_RENDERED
-from data.records import DataConfig, Dropped, Row, open_rows, read_rows
+from data.records import DataConfig, Dropped, Row, bad_row, open_rows, read_rows
 
 FORMAT = 3  # increase FORMAT when ids or masks of the same rows change, so that old caches are not read
 ROWS_AT_ONCE = 512
@@ -188,10 +188,7 @@ class FlatExamples:
 
     def add_dropped(self, dropped: Dropped) -> None:
         if dropped.bad and self.config.bad_rows == "error":
-            raise ValueError(
-                f"{self.path}:{dropped.line}: {dropped.reason}" + (f": {dropped.detail}" if dropped.detail else "")
-                + ". Mend the row, or leave such rows out with data.bad_rows=skip"
-            )
+            raise ValueError(bad_row(self.path, dropped))
         counts = self.source(dropped.source)
         counts.rows += 1
         counts.drop(dropped.reason)

@@ -37,7 +37,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {  # the least and the largest val
 }
 MOST_BYTES = 64 * 1024  # of a configuration; those in configs/ have 2,000
 DEEPEST = 10  # sections and lists within each other; PyYAML's parser in C overflows its stack at some ten thousand
-LONGEST = 200  # characters of what an error repeats
+LONGEST = 240  # characters of what an error repeats
 
 
 class Section:
@@ -210,7 +210,7 @@ def check_nesting(text: str, path: str | Path) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if depth > DEEPEST:
             raise ValueError(f"line {line} is nested more than {DEEPEST} deep, expected sections with their settings")
         if depth == 0 and isinstance(event, yaml.ScalarEvent):
@@ -282,7 +282,8 @@ def one_line(error: Exception) -> str:
 
 
 def shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    """The beginning and the end of a text that a user may have made very long."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST // 3]} ... {text[-LONGEST * 2 // 3:]}"
 
 
 def to_yaml(config: Config) -> str:

@@ -154,6 +154,10 @@ class RunLog:
             self.say("curves.png and memory.png are not drawn: matplotlib is missing (pip install matplotlib)")
         except OSError as error:
             self.say(f"{self.run_dir}: the pictures are not drawn: {error.strerror}")
+        except Exception as error:  # a picture never ends a run, whatever matplotlib raises
+            self.can_draw = False
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.say(f"{self.run_dir}: the pictures are not drawn any more: {reason}")
 
     def sync(self) -> None:
         """Waits until metrics.jsonl and memory.jsonl are on the disk.

@@ -15,7 +15,8 @@ from data.files import open_regular, sync
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
 from loop.distributed.groups import Ranks
-from loop.errors import ROOT, record_exit, record_exits_in
+from loop.distributed.preflight import SHAPES
+from loop.errors import record_exit, record_exits_in
 from loop.identity import WEIGHTS, Course, agree_on_weights, course, digest
 from loop.memory.phases import Memory
 from loop.metrics import LoadingBar, RunLog
@@ -27,7 +28,6 @@ from model.moe.usage import start_counting
 from model.weights.fetch import from_cache, model_directory
 from model.weights.header import parse_json_object
 
-SHAPES = ROOT / "configs/models"  # config.json of the models that the configurations name
 TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
                    "chat_template.jinja")
 LOCK = ".lock"

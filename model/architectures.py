@@ -83,8 +83,8 @@ def check_sizes(file: Path, text: dict[str, Any]) -> None:
         raise ValueError(f"{file}: hidden_size is {text['hidden_size']}, expected a multiple of num_attention_heads, which is "
                          f"{text['num_attention_heads']}, where there is no head_dim")
     if text.get("num_experts_per_tok", 0) > text.get("num_experts", SIZES["num_experts"]):
-        raise ValueError(f"{file}: num_experts_per_tok is {text['num_experts_per_tok']}, expected at most num_experts, which is "
-                         f"{text['num_experts']}")
+        raise ValueError(f"{file}: num_experts_per_tok is {text['num_experts_per_tok']}, expected at most num_experts, "
+                         f"which is {text['num_experts']}")
     layers = text.get("layer_types")
     if layers is not None and (not isinstance(layers, list) or len(layers) != text["num_hidden_layers"]):
         found = len(layers) if isinstance(layers, list) else str(layers)[:80]

@@ -1,22 +1,28 @@
-"""Starts the ranks of a run: torchrun, without its traceback after a rank has failed, and with a shorter shutdown.
+"""Starts the ranks of a run: torchrun, after a check of the command, without its traceback, and with exit codes that tell.
 
 python -m loop.distributed.launch --nproc-per-node 2 train.py --config configs/4b.yaml
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, NoReturn
 
 from loop.config import PipelineConfig
 from loop.distributed.hosts import meet_in_time
+from loop.distributed.preflight import SCRIPTS, STOPS_AT_ERRORS, check_script, launched_ranks
 from loop.errors import ROOT, run_command
 
-SHUTDOWN_S = 5  # ranks that have not ended so many seconds after SIGTERM are killed; a stopped process never ends by itself
+SHUTDOWN_S = 5  # seconds that the other ranks have to end after one has failed; then they are killed
+FOR_THE_USER = (2, 3)  # exit codes of `run_command` for what another start cannot mend
+STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)  # that torch's launcher passes on to the ranks
 PR_SET_PDEATHSIG = 1
 
 
@@ -24,11 +30,6 @@ def die_with_parent(number: int) -> None:
     """Asks Linux to send this process signal `number` when its parent ends; does nothing on other systems."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-
-
-def launched_ranks() -> int:
-    """How many processes the launcher started for this run; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_stages(config: PipelineConfig) -> int:
@@ -77,26 +78,103 @@ def restart_as_ranks(num_ranks: int) -> NoReturn:
     os.execv(sys.executable, command)
 
 
+@dataclass
+class Ends:
+    """How the ranks of this host ended: their exit codes by rank, a negative one for the signal that ended the process."""
+
+    by_themselves: dict[int, int] = field(default_factory=dict)  # before the launcher stopped the others
+    of_all: dict[int, int] = field(default_factory=dict)
+
+
+def watch_ends() -> Ends:
+    """Lets torch's launcher note how ranks end, wait less after a failure, and restart no rank that said what to mend.
+
+    torch has no option for any of it. After a failure it waits 30 s for the other ranks; a stopped process never ends by
+    itself. When the launcher itself receives a signal, the ranks keep these 30 s: they save a checkpoint.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    ends = Ends()
+    close, monitor = SubprocessContext.close, LocalElasticAgent._monitor_workers
+
+    def codes(context: Any) -> dict[int, int]:
+        polled = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
+        return {int(context.envs[local]["RANK"]): code for local, code in polled.items() if code is not None}
+
+    def close_sooner(context: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        if death_sig is None:  # not because of a signal: a rank failed, or all have ended
+            ends.by_themselves, timeout = codes(context), SHUTDOWN_S
+        close(context, death_sig, timeout)
+        ends.of_all = codes(context)
+
+    def restart_only_what_can_succeed(agent: Any, group: Any) -> Any:
+        result = monitor(agent, group)
+        if any(failure.exitcode in FOR_THE_USER for failure in result.failures.values()):
+            agent._remaining_restarts = 0
+        return result
+
+    setattr(SubprocessContext, "close", close_sooner)
+    setattr(LocalElasticAgent, "_monitor_workers", restart_only_what_can_succeed)
+    os.environ[STOPS_AT_ERRORS] = "1"
+    return ends
+
+
+def exit_status(codes: Iterable[int], received: int | None) -> int:
+    """The status of the launcher.
+
+    Args:
+        codes: of all ranks.
+        received: the signal that the launcher itself received, if one stopped the run.
+    """
+    codes = set(codes)
+    for code in FOR_THE_USER:
+        if code in codes:
+            return code
+    if not codes - {0}:
+        return 0 if codes or received is None else 128 + received
+    if len(codes - {0}) == 1 and max(codes) - 128 in STOPS:  # a signal to one rank, which stops all
+        return max(codes)
+    stopped = {0, *(code for number in STOPS for code in (128 + number, -number))}  # negative: while it imported
+    return 128 + received if received is not None and codes <= stopped else 1
+
+
+def check_before_start(arguments: list[str]) -> None:
+    """Checks the command line of the script that is to be launched, if it is one of this project's.
+
+    Raises:
+        ValueError: something that the user has to change.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--nnodes", default=os.environ.get("PET_NNODES", "1"))
+    first = next((i for i, argument in enumerate(arguments) if Path(argument).resolve() in SCRIPTS), None)
+    if first is not None:
+        hosts = parser.parse_known_args(arguments[:first])[0].nnodes
+        check_script(arguments[first:], has_rows=hosts in ("1", "1:1"))  # which host is the first one is not known yet
+
+
 def main() -> None:
-    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+    check_before_start(sys.argv[1:])
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank that fails prints its own message
-    # torchrun has no option for the time it leaves the other ranks after one has failed: 30 s
-    close = PContext.close
-    setattr(PContext, "close", lambda self, death_sig=None, timeout=0: close(self, death_sig, SHUTDOWN_S))
+    for name in ("elastic", "elastic.agent.server.api"):  # ranks print their own messages; the second has a level of its own
+        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    ends, received, named = watch_ends(), None, dict[int, int]()
     meet_in_time(sys.argv[1:])
     try:
         torchrun(sys.argv[1:])
-    except ChildFailedError as error:
-        for rank, failure in error.failures.items():
-            if failure.exitcode < 0:  # ended by a signal, so the rank printed nothing; Linux sends SIGKILL when memory is full
-                print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
-        sys.exit(min(codes, default=1))
+    except ChildFailedError:
+        named = ends.by_themselves
     except SignalException as error:
-        sys.exit(128 + error.sigval)
+        received = int(error.sigval)
+        named = {rank: code for rank, code in ends.of_all.items() if code == -signal.SIGKILL}
+    for rank, code in named.items():
+        if code < 0:  # ended by a signal, so the rank printed nothing; Linux sends SIGKILL when memory is full
+            late = " since it did not end in time" if received else ""
+            print(f"error: rank {rank} was ended by {signal.Signals(-code).name}{late}", file=sys.stderr)
+    sys.exit(exit_status(ends.of_all.values(), received))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Sequence
+from typing import Any, Sequence
 
 from torch import nn
 
@@ -18,17 +18,6 @@ from model.ops.gated_delta import CHUNK
 # bytes of a frozen weight: int8 with a scale a row; nf4 with double-quantized scales
 WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.516, "bf16": 2.0, "float32": 4.0}
 FLOAT32_BYTES = 4
-
-
-def check_split(split: Sequence[int] | Literal["auto"], num_sublayers: int) -> None:
-    """Raises:
-        ValueError: a stage would be empty, or begin outside the model.
-    """
-    if split != "auto" and any(start >= stop for start, stop in zip([0, *split], [*split, num_sublayers])):
-        raise ValueError(
-            f"pipeline.split {list(split)}: the model has {num_sublayers} sublayers, two a decoder layer; "
-            f"expected ascending numbers from 1 to {num_sublayers - 1}, so that no stage is empty"
-        )
 
 
 def choose_split(config: Config, model_dir: Path, rows: TokenizedRows, num_stages: int) -> tuple[tuple[int, ...], list[Cost]]:

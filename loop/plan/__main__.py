@@ -24,10 +24,11 @@ from omegaconf import OmegaConf
 
 from loop.config import Config, add_config_arguments, load_config, overridden
 from loop.distributed.launch import die_with_parent
+from loop.distributed.preflight import check_split
 from loop.errors import run_command
 from loop.memory.ledger import CATEGORIES
 from loop.memory.phases import GIB
-from loop.pipeline.split import RowLengths, balance, check_split, sublayer_costs
+from loop.pipeline.split import RowLengths, balance, sublayer_costs
 from loop.plan.search import search
 from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, read_rows
 from loop.run import find_model

@@ -41,14 +41,36 @@ def test_overrides_take_the_type_of_their_field():
         ("run=${oc.env:HOME}", ["${...} is not supported"]),
         ("run=../elsewhere", ["run is '../elsewhere'"]),
         ("eval.every=0", ["eval.every is 0"]),
+        (f"train.seed={2**70}", [f"train.seed is {2**70}, expected 0 to 9,223,372,036,854,775,807"]),
+        ("train.seed=-1", ["train.seed is -1"]),
+        ("train.seed=" + "9" * 5000, ["train.seed=9", "could not be converted to Integer"]),
+        ("train.learning_rate=1e308", ["train.learning_rate is 1e+308, expected a finite number from 1e-12 to 1"]),
+        ("train.learning_rate=0", ["train.learning_rate is 0.0"]),
+        ("train.weight_decay=1e308", ["train.weight_decay is 1e+308, expected a finite number from 0 to 100"]),
+        ("train.max_grad_norm=1e308", ["train.max_grad_norm is 1e+308"]),
+        ("train.max_steps=1e18", ["train.max_steps", "could not be converted to Integer"]),
+        (f"train.max_steps={10**18}", ["train.max_steps is 1000000000000000000, expected 1 to 10,000,000, or null"]),
+        (f"train.epochs={10**9}", ["train.epochs is 1000000000, expected 1 to 100,000"]),
+        (f"distributed.timeout_s={10**12}", ["distributed.timeout_s is 1000000000000, expected 1 to 604,800 seconds"]),
+        ("lora.alpha=1e308", ["lora.alpha is 1e+308", "at most 1,000,000"]),
+        ("lora.alpha=0", ["lora.alpha is 0.0", "above 0"]),
+        (f"lora.rank={10**18}", ["lora.rank is 1000000000000000000", "at most 65,536"]),
+        (f"data.max_tokens={10**18}", ["data.max_tokens is 1000000000000000000", "at most 16,777,216"]),
+        ("a." * 100_000 + "b=1", ["a.a.a.", "no such setting"]),
+        ("train" + ".x" * 100_000 + "=1", ["train.x.x", "no such setting"]),
+        ("pipeline.split=" + "[" * 100_000 + "x", ["pipeline.split is 'x'"]),
+        ("pipeline.split=" + "x" * 100_000, ["pipeline.split is 'xxx", "or auto"]),
+        ("train=" + "{a: " * 100_000, ["train={a: {a:"]),
+        ("run=" + "x" * 100_000, ["run is 'xxx", "expected a name of letters"]),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_wrong_overrides_are_named(override, words):
     with pytest.raises(ValueError) as error:
         load_config(ROOT / "configs/4b.yaml", [override])
     message = str(error.value)
     assert all(word in message for word in words), message
-    assert "\n" not in message and "full_key" not in message
+    assert "\n" not in message and "full_key" not in message and len(message) < 500
 
 
 @pytest.mark.parametrize(
@@ -61,7 +83,15 @@ def test_wrong_overrides_are_named(override, words):
         ("run: a\nmodel: {path: x, base: int8}\n", ["missing mandatory value", "lora"]),
         ("run: ${oc.env:HOME}\n", ["not supported"]),
         ("run: !!python/object:os.system x\n", ["not valid YAML"]),
+        ("run: " + "[" * 100_000, ["over 65,536 bytes"]),  # the parser in C would overflow its stack
+        ("run: " + "[" * 60_000, ["line 1 is nested more than 10 deep"]),
+        ("".join(" " * i + "a:\n" for i in range(300)), ["line 11 is nested more than 10 deep"]),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", ["line 2 has an alias, *a, which is not supported"]),
+        ("run: " + "9" * 5000, ["not valid YAML", "Exceeds the limit"]),
+        ("run: \0", ["not valid YAML", "#x0000"]),
+        ("7", ["expected sections such as model: and train:, found '7'"]),
     ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_wrong_files_are_named(tmp_path, text, words):
     path = tmp_path / "c.yaml"
@@ -70,6 +100,11 @@ def test_wrong_files_are_named(tmp_path, text, words):
         load_config(path)
     message = str(error.value)
     assert str(path) in message and all(word in message for word in words), message
+
+
+def test_a_file_without_an_end_is_not_read_whole():
+    with pytest.raises(ValueError, match="/dev/zero: over 65,536 bytes"):
+        load_config("/dev/zero")
 
 
 def test_a_missing_file_is_named(tmp_path):

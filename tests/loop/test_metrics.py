@@ -108,6 +108,19 @@ def test_a_log_on_a_full_disk_ends_without_the_run(tmp_path, capsys):
     assert out.count("the log ends here: /dev/full: No space left") == 1 and "again" in out
 
 
+def test_an_error_of_matplotlib_ends_no_run(tmp_path, capsys):
+    """A rate of this size makes matplotlib overflow as it chooses the ticks; so may what it reads of its own settings."""
+    log = RunLog(tmp_path, str(tmp_path / "log"), CPU, enabled=True)
+    log.start(0, 5)
+    for step in (1, 2):
+        log.record({"step": step, "loss": 10**400 if step == 1 else 1.0})
+        log.draw_pictures()
+    log.close()
+    out = capsys.readouterr().out
+    assert out.count("the pictures are not drawn any more: OverflowError: ") == 1, out
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = RunLog(tmp_path, str(tmp_path / "log"), CPU, enabled=False)
     log.start(0, 5)

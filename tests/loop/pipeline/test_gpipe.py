@@ -14,11 +14,12 @@ from data.batches import Microbatch, StepBatch
 from loop.config import PipelineConfig, load_config, parse_command_line
 from loop.distributed.groups import Ranks
 from loop.distributed.launch import choose_ranks
+from loop.distributed.preflight import check_split
 from loop.distributed.watch import Watch
 from loop.memory.phases import Memory
 from loop.metrics import RunLog
 from loop.pipeline.gpipe import Pipeline
-from loop.pipeline.split import Cost, RowLengths, balance, check_split, sublayer_costs, table
+from loop.pipeline.split import Cost, RowLengths, balance, sublayer_costs, table
 from loop.pipeline.timeline import Mark, busy_and_idle, draw, write
 from loop.plan.fakes import nothing_sent, pretended_group
 from model.build import build, skeleton
