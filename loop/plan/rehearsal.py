@@ -3,7 +3,6 @@ on fake tensors, which have shapes and no values. Takes seconds and some 100 MiB
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from data.batches import StepBatch
-from loop.config import Config
+from loop.config import MOST_STEPS, Config
 from loop.distributed.groups import Place
 from loop.fit import fit
 from loop.memory.ledger import Ledger
@@ -30,7 +29,7 @@ from model.build import build_empty
 from model.moe import routing
 
 CPU = torch.device("cpu")
-NEVER = sys.maxsize  # steps
+NEVER = MOST_STEPS
 
 
 class RankPlan(NamedTuple):

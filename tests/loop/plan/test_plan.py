@@ -125,7 +125,7 @@ def test_a_card_that_is_too_small_is_said_so_and_fit_finds_what_fits(capsys, mon
     (["train.keep_layers=1", "train.recompute=false"], "train.recompute is false: all are kept"),
     (["model.path=Qwen/Qwen3.5-35B-A3B", "train.microbatch_tokens=128", "data.max_tokens=8192"], "the 1,730 tokens of a row"),
     (["model.path=broken"], "broken/config.json: not valid JSON"),
-    (["model.path=list"], "list/config.json: model_type, hidden_size"),
+    (["model.path=list"], "list/config.json: found a list, expected an object"),
 ])
 def test_mistakes_are_named(capsys, monkeypatch, write_config, arguments, message):
     config = str(write_config())
