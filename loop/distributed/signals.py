@@ -80,6 +80,12 @@ class Signals:
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self.hear, args=(woken,), name="signals", daemon=True).start()
 
+    def listen_no_more(self) -> None:
+        """Gives signals back their usual effect, after a run."""
+        signal.set_wakeup_fd(-1)
+        for number in heeded():
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
     def connect(self, store: Any, group: dist.ProcessGroup) -> None:
         """Lets a signal to one rank stop all.
 
@@ -166,7 +172,7 @@ class Signals:
         while self.updated is not None and not self.updated.query():
             time.sleep(0.01)
         # the current stream may wait behind a kernel that hangs
-        with torch.cuda.stream(torch.cuda.Stream()) if self.updated is not None else nullcontext():
+        with torch.cuda.stream(torch.cuda.Stream(self.updated.device)) if self.updated is not None else nullcontext():
             return f"{self.save(step)}. The same command continues from there"
 
     def together(self, values: torch.Tensor) -> list[int]:
