@@ -161,19 +161,19 @@ def main() -> None:
 
     for name in ("elastic", "elastic.agent.server.api"):  # ranks print their own messages; the second has a level of its own
         logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
-    ends, received, named = watch_ends(), None, dict[int, int]()
+    ends, received = watch_ends(), None
     meet_in_time(sys.argv[1:])
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError:
-        named = ends.by_themselves
+        pass
     except SignalException as error:
         received = int(error.sigval)
-        named = {rank: code for rank, code in ends.of_all.items() if code == -signal.SIGKILL}
-    for rank, code in named.items():
-        if code < 0:  # ended by a signal, so the rank printed nothing; Linux sends SIGKILL when memory is full
-            late = " since it did not end in time" if received else ""
-            print(f"error: rank {rank} was ended by {signal.Signals(-code).name}{late}", file=sys.stderr)
+    for rank, code in ends.of_all.items():  # a rank that was ended by a signal printed nothing
+        if ends.by_themselves.get(rank, 0) < 0:  # Linux sends SIGKILL when memory is full
+            print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+        elif code == -signal.SIGKILL:
+            print(f"error: rank {rank} was ended by SIGKILL, since it did not end in time", file=sys.stderr)
     sys.exit(exit_status(ends.of_all.values(), received))
 
 

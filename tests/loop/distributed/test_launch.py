@@ -74,7 +74,7 @@ def starts(tmp_path):
     (("die=9", "wait"), 0, 1, "error: rank 0 was ended by SIGKILL\n", 2),  # not 143, which looks like a preemption
     (("wait", "die=11"), 0, 1, "error: rank 1 was ended by SIGSEGV\n", 2),
     (("exit=0", "exit=0"), 0, 0, "", 2),
-    (("exit=1", "ignore"), 0, 1, "", 2),  # the launcher kills it, and knows
+    (("exit=1", "ignore"), 0, 1, "error: rank 1 was ended by SIGKILL, since it did not end in time\n", 2),
 ], ids=lambda value: ",".join(value) if isinstance(value, tuple) else None)
 def test_a_rank_ends_by_itself(launch, tmp_path, deeds, restarts, status, said, num_starts):
     process = launch(*deeds, options=("--max-restarts", str(restarts)))
@@ -100,7 +100,7 @@ def test_a_rank_that_does_not_stop_is_killed_and_named(launch, tmp_path):
     wait_for(lambda: len(starts(tmp_path)) == 2, process)
     process.terminate()
     errors = process.communicate(timeout=240)[1]
-    assert (process.returncode, errors) == (1, "error: rank 0 was ended by SIGKILL since it did not end in time\n")
+    assert (process.returncode, errors) == (1, "error: rank 0 was ended by SIGKILL, since it did not end in time\n")
 
 
 @pytest.mark.slow
