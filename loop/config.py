@@ -237,8 +237,11 @@ def overridden(config: Config | DictConfig, overrides: list[str], where: str = "
             nested = {key: nested}
         with errors_begin_with(override):
             merged = OmegaConf.merge(merged, nested)
-    with errors_begin_with(where):
+    try:
         result: Any = OmegaConf.to_object(OmegaConf.create(merged))
+    except (OmegaConfBaseException, ValueError) as error:  # of a value: it stands in an override or in the file
+        named = [override for override in overrides if f"{override.partition('=')[0]} is " in str(error)]
+        raise ValueError(f"{shortened([where, *named][-1])}: {one_line(error)}") from None
     for name, value in by_name(result).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}, expected a finite number")

@@ -162,3 +162,19 @@ def test_launch_says_all_that_is_missing_before_it_installs_anything(tmp_path, c
     assert "no NVIDIA GPU is visible" in done.stderr
     assert "data/processed/train.jsonl is missing" in done.stderr and "elsewhere.jsonl is missing" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("command", ["4b", "35b"])
+def test_launch_names_a_typing_error_before_all_else(tmp_path, command):
+    """It used to be named only after the extras were installed, and never without a GPU."""
+    for name in ("configs", "data", "model", "loop", "train.py", "pipeline_train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "launch.sh").write_text((ROOT / "launch.sh").read_text())
+    done = subprocess.run(["bash", str(tmp_path / "launch.sh"), command, "train.sead=1"], capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}, timeout=60)
+    assert done.returncode == 2 and re.fullmatch(r"error: train.sead=1: Key 'sead' .*\n", done.stderr), done.stderr
+    assert done.stdout == "", "nothing was set up"

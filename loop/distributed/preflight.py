@@ -93,10 +93,14 @@ def check_place(run_dir: Path) -> None:
     """Raises:
         ValueError: the run's directory cannot be made or written.
     """
+    try:
+        run_dir = Path.cwd() / run_dir
+    except FileNotFoundError:
+        raise ValueError("the working directory was removed. Change into one that is there") from None
     nearest = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         found = "cannot be written" if nearest.is_dir() else "not a directory"
-        raise ValueError(f"{nearest.absolute()}: {found}. Results go to checkpoints/<run>/ below the current directory, "
+        raise ValueError(f"{nearest}: {found}. Results go to checkpoints/<run>/ below the current directory, "
                          "which must be one that can be written")
 
 

@@ -107,6 +107,15 @@ def test_a_file_without_an_end_is_not_read_whole():
         load_config("/dev/zero")
 
 
+def test_the_place_of_a_wrong_value_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text((ROOT / "configs/4b.yaml").read_text().replace("seed: 42", "seed: -1"))
+    for overrides, place in (([], path), (["train.epochs=2"], path), (["train.epochs=2", "train.seed=-2"], "train.seed=-2")):
+        with pytest.raises(ValueError) as error:
+            load_config(path, overrides)
+        assert str(error.value).startswith(f"{place}: train.seed is -"), error.value
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no.yaml: No such file"):
         load_config(tmp_path / "no.yaml")

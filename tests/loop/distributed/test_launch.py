@@ -95,8 +95,9 @@ def test_the_launcher_is_told_to_stop(launch, tmp_path, number, status):
 
 
 @pytest.mark.slow
-def test_a_rank_that_does_not_stop_is_killed_and_named(launch, tmp_path):
-    process = launch("ignore", "wait", options=("--shutdown-timeout", "2"))
+def test_a_rank_that_does_not_stop_is_killed_and_named(launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    process = launch("ignore", "wait")
     wait_for(lambda: len(starts(tmp_path)) == 2, process)
     process.terminate()
     errors = process.communicate(timeout=240)[1]

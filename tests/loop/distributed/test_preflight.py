@@ -123,6 +123,15 @@ def test_hosts_without_the_rows_check_the_model(place, monkeypatch):
         check(load_config("config.yaml", ["model.path=bare"]), splits=False)
 
 
+def test_a_working_directory_that_was_removed(place):
+    config = load_config("config.yaml", [f"data.train={place}/rows.jsonl", f"data.eval={place}/rows.jsonl"])
+    (place / "gone").mkdir()
+    os.chdir(place / "gone")
+    (place / "gone").rmdir()
+    with pytest.raises(ValueError, match="the working directory was removed"):
+        check(config, splits=False)
+
+
 def test_ranks_that_make_no_whole_replicas(place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="3 ranks for a model in 2 stages, expected a multiple of 2"):
