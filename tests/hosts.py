@@ -78,10 +78,11 @@ class Hosts:
             self.close()
             raise
         if self.root is not None:
-            lines = ["127.0.0.1 localhost", *(f"10.77.0.{host + 1} {name}" for host, name in enumerate(self.names))]
-            (self.root / "hosts").write_text("\n".join(lines) + "\n")
-            for name in self.names:
-                (self.root / name).mkdir()
+            for own, directory in enumerate(self.names):  # as on Debian, a host's own name is a loopback address
+                addresses = ["127.0.1.1" if host == own else f"10.77.0.{host + 1}" for host in range(number)]
+                lines = ["127.0.0.1 localhost", *(f"{address} {name}" for address, name in zip(addresses, self.names))]
+                (self.root / directory).mkdir()
+                (self.root / directory / "hosts").write_text("\n".join(lines) + "\n")
         self.hub = threading.Thread(target=self.pass_frames, daemon=True)
         self.hub.start()
 
@@ -119,7 +120,7 @@ class Hosts:
 
     def place(self, host):
         """For `enter`."""
-        return self.spaces[host], self.names[host], str(self.root / "hosts")
+        return self.spaces[host], self.names[host], str(self.root / self.names[host] / "hosts")
 
     def command(self, host, *command):
         """The arguments of a command that runs on a host."""

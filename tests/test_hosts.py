@@ -192,7 +192,8 @@ def test_a_late_host_is_named_and_a_cut_link_ends_both_sides_in_time(cluster):
     hosts = cluster(train__max_steps=24, checkpoint__every=3, distributed={"timeout_s": timeout_s})
     alone = hosts.rank(0, 0, 1, "run=alone")
     command = "--nnodes 2 --node-rank 0 --master-addr host0 --master-port 29500 --nproc-per-node 1"
-    assert f"python -m loop.distributed.launch {command} train.py --config configs/4b.yaml\n" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"python -m loop.distributed.launch {command} train.py --config configs/4b.yaml\n" in readme
     script = [ROOT / "train.py", "--config", "config.yaml"]
     first = hosts.launch(0, "loop.distributed.launch", *command.split(), *script)
     hosts.until(lambda: "waiting for node 1 of 2 (signed in: node 0 on host0)\n" in hosts.said(0, "launcher.out"))

@@ -75,7 +75,8 @@ def test_a_job_is_queued_again_if_the_signal_stopped_it(checkout, told, ends, re
     program(checkout / "bin/scontrol", '[ "$1" = show ] && printf "alpha\\nbeta\\n" || echo "scontrol $*" >> notes')
     environment = {"PATH": f"{checkout}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "alpha,beta",
                    "SLURM_JOB_NUM_NODES": "2"}
-    job = subprocess.Popen(["bash", "configs/slurm.sbatch", "4b", "run=x"], cwd=checkout, env=environment, start_new_session=True)
+    command = ["bash", "configs/slurm.sbatch", "4b", "run=x"]
+    job = subprocess.Popen(command, cwd=checkout, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not (checkout / "started").exists() and time.monotonic() < deadline:

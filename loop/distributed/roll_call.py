@@ -92,7 +92,6 @@ def open_store(rank: int, local_rank: int, watch: Watch, timeout: timedelta) -> 
     with waits(watch, lambda: where):
         if not keeps:
             wait_for_port(address, int(port), where if local_rank == 0 else "")
-        choose_interface(address)
         store = TCPStore(address, int(port), is_master=keeps, timeout=timeout, wait_for_workers=False, multi_tenant=True)
     # torchrun keeps one store for all its attempts; what an earlier attempt has written must not be taken for this one's
     return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -120,14 +119,18 @@ def wait_for_port(address: str, port: int, said: str, timeout_s: float = math.in
             time.sleep(POLL_S)
 
 
-def choose_interface(address: str) -> None:
-    """Tells gloo the network interface that leads to rank 0. Alone, gloo looks up this host's name, which on many systems is
-    a loopback address that no other host can reach."""
+def choose_interface(heads: list[str]) -> None:
+    """Tells gloo the network interface that joins the hosts. Alone, gloo looks up this host's own name, which on many systems
+    is a loopback address that no other host can reach.
+
+    Args:
+        heads: the address of rank 0's host as each rank sees it; on that host it may be a loopback address as well.
+    """
+    head = next((address for address in heads if address and not address.startswith("127.")), "")
+    if not head:
+        return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # sends nothing; the system only chooses the way
-        except OSError:
-            return
+        probe.connect((head, 9))  # sends nothing; the system only chooses the way
         own = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
@@ -148,6 +151,7 @@ def call_roll(store: Store, rank: int, world_size: int, local_rank: int, watch: 
     with waits(watch, lambda: f"{roll.missing()} to sign in"):
         entries = roll.call(rank, sign_in(config), says=local_rank == 0)
     hosts = [entries[other]["host"] for other in range(world_size)]
+    choose_interface([entry["head"] for entry in entries.values()])
     if rank == 0:
         found = difference(entries)
         store.set("roll/verdict", found)
@@ -176,7 +180,11 @@ def sign_in(config: Config) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     settings = {"run": config.run, "resume": config.resume, **by_name(config)}
     compared = {name: str(value) for name, value in settings.items() if name not in MAY_DIFFER}
-    return {"host": socket.gethostname(), "code": code, "versions": versions, "settings": compared}
+    try:
+        head = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    except OSError:  # known by an IPv6 address alone
+        head = ""
+    return {"host": socket.gethostname(), "head": head, "code": code, "versions": versions, "settings": compared}
 
 
 def wait_for_keys(store: Store, keys: list[str]) -> None:
