@@ -129,14 +129,15 @@ EOF
     script=$([ "$command" = 35b ] && echo pipeline_train.py || echo train.py)
     # mistakes in settings, rows and model are named before anything is installed, if Python is there, downloaded or started
     check=(.venv/bin/python -m loop.distributed.preflight "$script" --config "$config" "$@")
-    .venv/bin/python -c 'import omegaconf' 2>/dev/null && "${check[@]}"
-    visible=$(num_gpus)
-    problems=()
+    visible=$(num_gpus) problems=() said=""
+    if .venv/bin/python -c 'import omegaconf' 2>/dev/null; then
+      said=$("${check[@]}" 2>&1) || problems+=("${said#error: }")
+    fi
     [ "$visible" -gt 0 ] || problems+=("no NVIDIA GPU is visible (nvidia-smi -L lists none, or CUDA_VISIBLE_DEVICES hides it). Without one: bash launch.sh demo")
     for split in train eval; do
       [ "$node_rank" = 0 ] || break  # the other hosts get their rows from the first one
       file=$(setting "data.$split" "$split" <(grep -A1 '^data:' "$config") "$@")
-      [ -f "$file" ] || problems+=("$file is missing. Put your $split rows there as JSONL (README.md, \"Your own data\"), or add data.$split=FILE to this command")
+      [ -f "$file" ] || [[ $said == *"$file"* ]] || problems+=("$file is missing. Put your $split rows there as JSONL (README.md, \"Your own data\"), or add data.$split=FILE to this command")
     done
     if [ ${#problems[@]} -gt 0 ]; then
       for problem in "${problems[@]}"; do echo "error: $problem" >&2; done
