@@ -25,8 +25,8 @@ def changed(entry, kind, **values):
 def test_a_rank_signs_in_with_all_that_must_agree(entry):
     assert {"train.py", "pipeline_train.py", "data/records.py", "model/lora.py", "loop/run.py"} <= entry["code"].keys()
     assert entry["versions"].keys() == {"torch", "transformers"}
-    assert {"run", "resume", "train.seed", "model.path", "distributed.timeout_s"} <= entry["settings"].keys()
-    assert not {"log", "data.train", "data.eval"} & entry["settings"].keys()
+    assert {"run", "resume", "train.seed", "model.base", "distributed.timeout_s"} <= entry["settings"].keys()
+    assert not {"log", "data.train", "data.eval", "model.path"} & entry["settings"].keys()
     assert len(str(entry)) < 15_000, "bytes a rank in the store"
 
 
