@@ -45,8 +45,8 @@ class Cluster(Hosts):
 
     def rank(self, host, rank, world_size, *arguments, script=ROOT / "train.py", local_rank=0):
         """Starts one rank without a launcher; ranks alone then find each other."""
-        launched = {"RANK": rank, "LOCAL_RANK": local_rank, "GROUP_RANK": host, "WORLD_SIZE": world_size,
-                    "MASTER_ADDR": "host0", "MASTER_PORT": PORT}
+        launched = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "host0",
+                    "MASTER_PORT": PORT}
         environment = processes.ENVIRONMENT | {name: str(value) for name, value in launched.items() if world_size > 1}
         directory = self.root / f"host{host}"
         files = [str(directory / f"rank{rank}.{kind}") for kind in ("out", "err")]

@@ -66,7 +66,7 @@ def check_script(command: list[str], has_rows: bool = True) -> None:
 def check(config: Config, splits: bool, has_rows: bool = True) -> Config:
     """Returns the configuration after all checks. The rows and the run's directory are checked where they have to be: on the
     first host."""
-    if has_rows and int(os.environ.get("GROUP_RANK", 0)) == 0:
+    if has_rows and int(os.environ.get("GROUP_RANK", os.environ.get("RANK", 0))) == 0:
         check_rows(config.data)
         check_place(config.run_dir)
     check_model(config, splits)
