@@ -95,18 +95,14 @@ def pytest_collection_modifyitems(items):
 # A run that takes seconds
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory):
-    return write_tiny(
-        tmp_path_factory.mktemp("tiny") / "llama", kind="llama", num_hidden_layers=2, hidden_size=64, intermediate_size=128,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    )
+def write_llama(directory):
+    """A random Llama of two layers."""
+    return write_tiny(directory, kind="llama", num_hidden_layers=2, hidden_size=64, intermediate_size=128,
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
 
-@pytest.fixture(scope="session")
-def tiny_rows(tmp_path_factory):
+def write_two_sources(directory):
     """40 training and 12 held-out rows of two sources."""
-    directory = tmp_path_factory.mktemp("rows")
     rng = random.Random(0)
     for name, number in (("train", 40), ("eval", 12)):
         with open(directory / f"{name}.jsonl", "w") as file:
@@ -116,6 +112,16 @@ def tiny_rows(tmp_path_factory):
                             {"role": "assistant", "content": f"It eyes {square}." * rng.randrange(1, 4)}]
                 file.write(json.dumps({"messages": messages, "metadata": {"source": ("book", "game")[i % 2]}}) + "\n")
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory):
+    return write_two_sources(tmp_path_factory.mktemp("rows"))
 
 
 def tiny_settings(tiny_llama, tiny_rows, log, changes):

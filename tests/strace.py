@@ -1,0 +1,128 @@
+"""Attaches strace to a process: lists the system calls that change files, or kills the process at one of them.
+
+strace counts the calls of each thread by their names, if need be only those with given paths. By its number a call is met again
+in another run.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+CHANGING = (
+    "open openat creat write writev pwrite64 pwritev pwritev2 sendfile copy_file_range truncate ftruncate fallocate rename "
+    "renameat renameat2 unlink unlinkat mkdir mkdirat rmdir link linkat symlink symlinkat chmod fchmod fchmodat fsync fdatasync"
+).split()
+WRITING = re.compile(r"O_(CREAT|WRONLY|RDWR|TRUNC|TMPFILE)")
+
+
+def is_missing():
+    return shutil.which("strace") is None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A system call, as strace prints it."""
+
+    thread: int
+    name: str
+    text: str
+
+    def touches(self, directory):
+        """Whether the call changes something in a directory, given as the end of its path."""
+        return directory in self.text and (not self.name.startswith("open") or WRITING.search(self.text) is not None)
+
+    @property
+    def paths(self):
+        """The paths by which strace finds the call: those that it names, and those of its open files."""
+        paths = [either for pair in re.findall(r'"([^"]*)"|<([^>]*)>', self.text) for either in pair if either]
+        return paths[:1] if self.name == "rename" else paths
+
+    @property
+    def renamed(self):
+        """The names from and to which something was moved, or None."""
+        paths = re.findall(r'"([^"]*)"', self.text)
+        done = self.name.startswith("rename") and self.text.endswith("= 0") and len(paths) == 2
+        return tuple(Path(path).name for path in paths) if done else None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A call by its name, one of its paths, and which it is of the calls of its thread with both, counted from 1.
+
+    Without a path it is one of all calls of that name.
+    """
+
+    call: Call
+    path: str | None
+    number: int
+
+
+def targets(calls, directory):
+    """The calls that change something in a directory, so that they can be met again in another run that does the same."""
+    found = []
+    for i, call in enumerate(calls):
+        if call.touches(directory):
+            # safetensors writes into a file with a random name
+            path = next((path for path in call.paths if directory in path and "/.tmp" not in path), None)
+            same = [other for other in calls[: i + 1] if (other.thread, other.name) == (call.thread, call.name) and
+                    (path is None or path in other.paths)]
+            found.append(Target(call, path, len(same)))
+    return found
+
+
+def attach(process_id, log, kill_at=None, paths=(), threads=True):
+    """Starts strace on a stopped process; the process may go on when this returns.
+
+    Args:
+        log: file for the trace.
+        kill_at: the Target before which the process is killed.
+        paths: under which the target's path is known in this run.
+        threads: whether all threads are traced, and not only the main thread.
+    """
+    command = ["strace", "-y", "-s", "0", "-o", str(log), "-e", "trace=" + ",".join(CHANGING), *["-f"] * threads]
+    if kill_at:
+        command += ["-e", f"inject={kill_at.call.name}:signal=KILL:when={kill_at.number}"]
+    command += [part for path in paths for part in ("-P", path)]
+    tracer = subprocess.Popen([*command, "-p", str(process_id)], stderr=subprocess.PIPE, text=True)
+    said = []
+    while not said or "Requested path" in said[-1]:
+        said.append(tracer.stderr.readline())
+    if "attached" not in said[-1]:
+        tracer.kill()
+        raise RuntimeError(f"strace could not attach: {''.join(said) + tracer.communicate()[1]}")
+    return tracer
+
+
+def stop(process_id, seconds=60):
+    """Stops a process, and waits until it stands."""
+    os.kill(process_id, signal.SIGSTOP)
+    wait_until_stopped(process_id, seconds)
+
+
+def wait_until_stopped(process_id, seconds=60):
+    deadline = time.monotonic() + seconds
+    while Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline, f"process {process_id} does not stop"
+        time.sleep(0.002)
+
+
+def read_trace(log, threads=True):
+    """All calls of a trace, in order. A call whose line was cut in two by another thread's stands where it began."""
+    calls, cut = [], {}
+    for line in Path(log).read_text(errors="replace").splitlines():
+        thread, _, text = line.partition(" ") if threads else ("0", "", line)
+        text = text.strip()
+        called, resumed = re.match(r"(\w+)\(", text), re.match(r"<\.\.\. \w+ resumed>(.*)", text)
+        if resumed and thread in cut:
+            at = cut.pop(thread)
+            calls[at] = replace(calls[at], text=calls[at].text + resumed[1])
+        if called:  # all else is a signal, or the end of a process
+            if text.endswith("<unfinished ...>"):
+                text, cut[thread] = text.removesuffix("<unfinished ...>"), len(calls)
+            calls.append(Call(int(thread), called[1], text))
+    return calls
