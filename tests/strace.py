@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ CHANGING = (
     "open openat creat write writev pwrite64 pwritev pwritev2 sendfile copy_file_range truncate ftruncate fallocate rename "
     "renameat renameat2 unlink unlinkat mkdir mkdirat rmdir link linkat symlink symlinkat chmod fchmod fchmodat fsync fdatasync"
 ).split()
+HELD_S = 60
 WRITING = re.compile(r"O_(CREAT|WRONLY|RDWR|TRUNC|TMPFILE)")
 
 
@@ -42,6 +44,10 @@ class Call:
         paths = [either for pair in re.findall(r'"([^"]*)"|<([^>]*)>', self.text) for either in pair if either]
         return paths[:1] if self.name == "rename" else paths
 
+    def fixed(self, directory):
+        """Its paths in a directory that are the same in each run."""
+        return [path for path in self.paths if directory in path and "/.tmp" not in path]
+
     @property
     def renamed(self):
         """The names from and to which something was moved, or None."""
@@ -52,26 +58,37 @@ class Call:
 
 @dataclass(frozen=True)
 class Target:
-    """A call by its name, one of its paths, and which it is of the calls of its thread with both, counted from 1.
+    """A call that changes something, and how to meet it in another run that does the same.
 
-    Without a path it is one of all calls of that name.
+    Args:
+        met: the call itself; where the path is random, the call that the same thread made before.
+        path: one of the paths of `met`, or None where they are random.
+        number: which `met` is of the calls of its thread with its name and this path, counted from 1.
     """
 
     call: Call
+    met: Call
     path: str | None
     number: int
 
+    def is_done(self, log, threads):
+        """Whether a trace has the call `met`, to its end."""
+        calls = [call for call in read_trace(log, threads) if call.name == self.met.name and " = " in call.text]
+        return max(Counter(call.thread for call in calls).values(), default=0) >= self.number
+
 
 def targets(calls, directory):
-    """The calls that change something in a directory, so that they can be met again in another run that does the same."""
+    """The calls that change something in a directory."""
     found = []
     for i, call in enumerate(calls):
         if call.touches(directory):
-            # safetensors writes into a file with a random name
-            path = next((path for path in call.paths if directory in path and "/.tmp" not in path), None)
-            same = [other for other in calls[: i + 1] if (other.thread, other.name) == (call.thread, call.name) and
+            before = next((other for other in calls[:i][::-1] if other.thread == call.thread), call)
+            # safetensors writes into files with random names. Other threads open and write files too, but truncate none
+            met = call if call.fixed(directory) or call.name == "ftruncate" else before
+            path = next(iter(met.fixed(directory)), None)
+            same = [other for other in calls[: i + 1] if (other.thread, other.name) == (met.thread, met.name) and
                     (path is None or path in other.paths)]
-            found.append(Target(call, path, len(same)))
+            found.append(Target(call, met, path, len(same)))
     return found
 
 
@@ -80,13 +97,14 @@ def attach(process_id, log, kill_at=None, paths=(), threads=True):
 
     Args:
         log: file for the trace.
-        kill_at: the Target before which the process is killed.
+        kill_at: the Target before which the process is killed; or held, after the call by which the target is met.
         paths: under which the target's path is known in this run.
         threads: whether all threads are traced, and not only the main thread.
     """
     command = ["strace", "-y", "-s", "0", "-o", str(log), "-e", "trace=" + ",".join(CHANGING), *["-f"] * threads]
     if kill_at:
-        command += ["-e", f"inject={kill_at.call.name}:signal=KILL:when={kill_at.number}"]
+        action = "signal=KILL" if kill_at.met is kill_at.call else f"delay_exit={HELD_S * 10**6}"
+        command += ["-e", f"inject={kill_at.met.name}:{action}:when={kill_at.number}"]
     command += [part for path in paths for part in ("-P", path)]
     tracer = subprocess.Popen([*command, "-p", str(process_id)], stderr=subprocess.PIPE, text=True)
     said = []

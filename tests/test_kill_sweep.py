@@ -54,5 +54,5 @@ def test_calls_are_read_from_a_trace_also_where_threads_cut_each_other_short(tmp
         (11, "openat"), (12, "rename"), (11, "write"), (11, "openat"), (11, "write")]
     assert calls[0].text.endswith("= 5</x/runs/a/new>") and calls[1].renamed == ("new", "old")
     targets = strace.targets(calls, "runs/a")
-    assert [(target.call.name, target.path, target.number) for target in targets] == [
+    assert [(target.met.name, target.path, target.number) for target in targets] == [
         ("openat", "runs/a/new", 1), ("rename", "runs/a/new", 1), ("write", "/x/runs/a/new", 1), ("write", "/x/runs/a/new", 2)]
