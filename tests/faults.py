@@ -13,11 +13,13 @@ import time
 from tests.runs import differences, last_line
 
 TIMEOUT_S = 8  # distributed.timeout_s of all runs
+STEPS = 16  # of all runs
 WAIT_S = 240
 ENDS_S = 120  # for ranks whose peer has ended or was stopped: far above TIMEOUT_S, since the machine may be busy
 TMPFS_MIB = 24
 FREE_KIB = (0, 4, 12, 40, 120)  # that a disk has left when it begins to be full
 DAY_S = 86400
+TRAINING = " rank(s) on "  # in what a run says when its training begins
 
 
 class Case:
@@ -41,15 +43,21 @@ class Case:
 
     def wait_for_moment(self, run, rng):
         """Lets a run get to a random moment: a time after its start, a step, or a save. Returns the moment in words."""
-        kind, step, delay_s = rng.choice(("time", "step", "step", "save")), rng.randint(1, 9), rng.uniform(0, 1.2)
+        kind, step, delay_s = rng.choice(("time", "step", "step", "save")), rng.randint(1, STEPS - 2), rng.uniform(0, 1.2)
         deadline = time.monotonic() + WAIT_S
         reached = {"time": lambda: False, "step": lambda: self.last_step() >= step,
-                   "save": lambda: any(self.run_dir.glob(".step-*"))}[kind]
+                   "save": self.saves}[kind]
         if kind == "time":
             deadline = time.monotonic() + delay_s
         while run.running and time.monotonic() < deadline and not reached():
-            time.sleep(0.001)
+            time.sleep(0.0003)
         return {"time": f"after {delay_s:.2f} s", "step": f"at step {step}", "save": "in a save"}[kind]
+
+    def saves(self):
+        try:
+            return any(name.startswith(".step-") for name in os.listdir(self.run_dir))
+        except OSError:
+            return False
 
     def last_step(self):
         try:
@@ -60,7 +68,7 @@ class Case:
     def metrics(self):
         return (self.run_dir / "metrics.jsonl").read_text(errors="replace")
 
-    def ended(self, run, seconds, allowed=None):
+    def ended(self, run, seconds):
         """Waits until all ranks have ended; notes what a run must not do however it is broken."""
         try:
             codes = run.wait(seconds)
@@ -69,14 +77,19 @@ class Case:
             return "hung"
         if "Traceback (most recent call last)" in run.stderr:
             self.wrong.append(f"a traceback: {last_line(run)}")
-        if allowed is not None and not set(codes) <= {*allowed, 0}:
-            self.wrong.append(f"exit status {codes}, expected {sorted(allowed)} or 0: {last_line(run)}")
         return f"exit status {codes}"
+
+    def expect(self, run, allowed):
+        """Notes exit statuses that no rank should have."""
+        codes = [process.exitcode for process in run.processes]
+        if not set(codes) <= allowed:
+            self.wrong.append(f"exit status {codes}, expected one of {sorted(allowed)}: {last_line(run)}")
 
     def finish(self):
         """Starts the run for the last time, lets it end, and compares it with the uninterrupted one."""
         run = self.start()
-        self.ended(run, WAIT_S, allowed=())
+        self.ended(run, WAIT_S)
+        self.expect(run, {0})
         found = differences(self.run_dir, self.place.run_dir("whole"))
         self.wrong += [what for what in found if not (self.spoiled and what.startswith("metrics.jsonl"))]
 
@@ -113,7 +126,9 @@ def stop_one(case, rng):
     if is_short or case.setup.ranks == 1:
         time.sleep(0.3)
         send(run, signal.SIGCONT, rank)
-        return f"rank {rank} {when} for 0.3 s, {case.ended(run, WAIT_S, allowed=())}"
+        said = case.ended(run, WAIT_S)
+        case.expect(run, {0})
+        return f"rank {rank} {when} for 0.3 s, {said}"
     others = [process for other, process in enumerate(run.processes) if other != rank]
     for process in others:
         process.join(ENDS_S)
@@ -130,7 +145,11 @@ def tell_to_stop(number, to_all, case, rng):
     for each in range(case.setup.ranks) if to_all else [rank]:
         send(run, number, each)
     whom = "all" if to_all else f"rank {rank}"
-    return f"{whom} {when}, {case.ended(run, ENDS_S, allowed={128 + number, -number})}"
+    said = case.ended(run, ENDS_S)
+    # before training, a rank that is told leaves alone, and the others find that it is gone
+    allowed = {0, 128 + number} if TRAINING in run.stdout else {0, 1, 128 + number, -number}
+    case.expect(run, allowed)
+    return f"{whom} {when}, {said}"
 
 
 def fill_disk(case, rng):
@@ -147,7 +166,9 @@ def fill_disk(case, rng):
             os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
     except OSError:
         pass  # the run itself has taken the rest
-    said = case.ended(run, WAIT_S, allowed={2})
+    said = case.ended(run, WAIT_S)
+    codes = {process.exitcode for process in run.processes}
+    case.expect(run, {0, 1, 2} if 2 in codes else {0})  # one rank says what is wrong, the others that it is gone
     filler.unlink(missing_ok=True)
     return f"{free_kib} KiB left {when}, {said}"
 

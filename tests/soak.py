@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -46,7 +47,8 @@ def make_place(directory, setup):
     from model.tiny.write import write_tiny
     from tests.runs import Place
 
-    common = {"train__max_steps": 10, "checkpoint__every": 2, "eval__every": 3, "distributed": {"timeout_s": faults.TIMEOUT_S}}
+    common = {"train__max_steps": faults.STEPS, "checkpoint__every": 3, "eval__every": 4,
+              "distributed": {"timeout_s": faults.TIMEOUT_S}}
     if setup.is_35b:
         place = Place(directory, partial(write_tiny, layout="fp8", num_hidden_layers=4), **common, model__base="nf4",
                       lora__target=list(TARGETS), train__learning_rate=0.003, train__microbatch_tokens=256)
@@ -91,6 +93,8 @@ class Soak:
             case.end()
         record = {"seed": self.seed, "case": number, "setup": setup.name, "did": case.did, "wrong": case.wrong,
                   "seconds": round(time.monotonic() - started, 1)}
+        if case.wrong:
+            record["said"] = [run.said[-4000:] for run in case.runs]
         with open(self.log, "a") as file:
             file.write(json.dumps(record) + "\n")
         return case.wrong
@@ -116,6 +120,7 @@ def main():
     parser.add_argument("--log", default="soak.jsonl")
     asked = parser.parse_args()
     seed = int.from_bytes(os.urandom(3)) if asked.seed is None else asked.seed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which unmounts what is mounted
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
         soak = Soak(directory, seed, asked.log)
         try:
