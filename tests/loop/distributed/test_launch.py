@@ -116,7 +116,8 @@ def test_ctrl_c_while_torch_is_imported(launch):
 
 @pytest.mark.parametrize("codes, received, status", [
     ([0, 0], None, 0), ([], None, 0), ([2, -15], None, 2), ([-9, 3, 143], None, 3), ([-9, 143], None, 1), ([-9, 1], None, 1),
-    ([143, 143], None, 143), ([143, 1], None, 1), ([143, 143], 15, 143), ([130, -2], 2, 130), ([129, 0], 1, 129), ([143, -9], 15, 1),
+    ([143, 143], None, 143), ([143, 1], None, 1), ([143, 143], 15, 143),
+    ([130, -2], 2, 130), ([129, 0], 1, 129), ([143, -9], 15, 1),
     ([143, 1], 15, 1), ([143, 2], 15, 2), ([], 15, 143), ([0, 0], 15, 0)])
 def test_one_true_status(codes, received, status):
     assert exit_status(codes, received) == status

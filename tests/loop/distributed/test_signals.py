@@ -193,7 +193,7 @@ def test_before_training_a_signal_is_answered_in_a_line(long_config, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(long_config())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for number, seconds in ((signal.SIGINT, 1.0), (signal.SIGTERM, 2.0)):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True,
+        process = subprocess.Popen([*command, f"run={number.name}"], cwd=tmp_path, env=environment, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(seconds)
         process.send_signal(number)
@@ -201,7 +201,7 @@ def test_before_training_a_signal_is_answered_in_a_line(long_config, tmp_path):
         if "step 1/" not in out:  # else it was quicker than this test
             assert process.returncode == 128 + number and "Traceback" not in errors, errors
             assert f"stopped by {number.name}" in out + errors and "step-" not in out
-    process = subprocess.Popen(["nohup", *command, "train.max_steps=8"], cwd=tmp_path, env=environment, text=True,
+    process = subprocess.Popen(["nohup", *command, "train.max_steps=8", "run=nohup"], cwd=tmp_path, env=environment, text=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(20):
         time.sleep(0.2)
