@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 from tests.runs import differences, last_line
 
@@ -44,20 +45,21 @@ class Case:
     def wait_for_moment(self, run, rng):
         """Lets a run get to a random moment: a time after its start, a step, or a save. Returns the moment in words."""
         kind, step, delay_s = rng.choice(("time", "step", "step", "save")), rng.randint(1, STEPS - 2), rng.uniform(0, 1.2)
-        deadline = time.monotonic() + WAIT_S
+        deadline, before = time.monotonic() + WAIT_S, self.in_work()
         reached = {"time": lambda: False, "step": lambda: self.last_step() >= step,
-                   "save": self.saves}[kind]
+                   "save": lambda: self.in_work() - before}[kind]
         if kind == "time":
             deadline = time.monotonic() + delay_s
         while run.running and time.monotonic() < deadline and not reached():
             time.sleep(0.0003)
         return {"time": f"after {delay_s:.2f} s", "step": f"at step {step}", "save": "in a save"}[kind]
 
-    def saves(self):
+    def in_work(self):
+        """Checkpoints that are being written or removed, or were left so."""
         try:
-            return any(name.startswith(".step-") for name in os.listdir(self.run_dir))
+            return {name for name in os.listdir(self.run_dir) if name.startswith(".step-")}
         except OSError:
-            return False
+            return set()
 
     def last_step(self):
         try:
@@ -159,13 +161,12 @@ def fill_disk(case, rng):
     free_kib, run = rng.choice(FREE_KIB), case.start()
     when = case.wait_for_moment(run, rng)
     filler = case.place.directory / "checkpoints" / "filler"
-    free = os.statvfs(filler.parent)
-    num_bytes = max(free.f_bavail * free.f_frsize - 1024 * free_kib, 0)
-    try:
-        with open(filler, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
-    except OSError:
-        pass  # the run itself has taken the rest
+    with open(filler, "wb") as file:
+        for _ in range(100):  # the run takes room meanwhile
+            free = os.statvfs(filler.parent)
+            with suppress(OSError):
+                os.posix_fallocate(file.fileno(), 0, max(free.f_bavail * free.f_frsize - 1024 * free_kib, 1))
+                break
     said = case.ended(run, WAIT_S)
     codes = {process.exitcode for process in run.processes}
     case.expect(run, {0, 1, 2} if 2 in codes else {0})  # one rank says what is wrong, the others that it is gone
