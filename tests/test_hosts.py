@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -53,7 +54,8 @@ class Cluster(Hosts):
         arguments = ["--config", "config.yaml", *map(str, arguments)]
         process = processes.FORKS.Process(target=run_on_host, daemon=True, args=(
             self.place(host), str(directory), processes.run_script, str(script), arguments, environment, str(directory), files))
-        process.start()
+        with patch.dict(os.environ, processes.ENVIRONMENT):  # the server that the first process starts keeps it
+            process.start()
         self.started.append(process)
         return process
 
@@ -218,6 +220,20 @@ def test_a_late_host_is_named_and_a_cut_link_ends_both_sides_in_time(cluster):
     assert hosts.wait(*(hosts.rank(rank, rank, 2) for rank in (0, 1))) == [0, 0], hosts.everything()
     assert "continuing from checkpoints/tiny/step-" in hosts.said(0, "rank0.out")
     hosts.assert_same("tiny")
+
+
+def test_a_signal_to_one_host_saves_on_the_first_and_stops_all(cluster):
+    """As when a batch system takes a host away."""
+    hosts = cluster(train__max_steps=5000, eval__every=5000, checkpoint__every=5000)
+    both = [hosts.rank(rank, rank, 2) for rank in (0, 1)]
+    hosts.until(lambda: '"step": 3' in hosts.said(0, "checkpoints/tiny/metrics.jsonl"))
+    both[1].terminate()
+    assert hosts.wait(*both) == [143, 143], hosts.everything()
+    said = hosts.said(0, "rank0.out") + hosts.said(0, "rank0.err")
+    (saved,) = re.findall(r"stopped by SIGTERM on rank 1 on host1: saved checkpoints/tiny/step-(\d{8})", said)
+    assert [path.name for path in hosts.root.glob("host0/checkpoints/tiny/step-*")] == [f"step-{saved}"]
+    assert max(line["step"] for line in hosts.metrics("tiny")) == int(saved) >= 3
+    hosts.only_host0_wrote()
 
 
 def test_a_host_that_never_joins_is_missed_on_every_other(cluster):
