@@ -71,7 +71,7 @@ num_gpus() {
 # Sets `hosts` to what tells the launcher of this host about the others, and `node_rank` to this host's number.
 find_hosts() {
   local expected="expected NNODES=2 NODE_RANK=0 HEAD=host0:29500 bash launch.sh ..., with NODE_RANK=1 on the second host"
-  hosts=(--standalone) node_rank=0
+  hosts=() node_rank=0
   [ "${NNODES:-1}" = 1 ] && return
   node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
   [[ $NNODES =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$NNODES', $expected"
@@ -95,7 +95,7 @@ case $command in
       ranks=2
       export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))}
     fi
-    .venv/bin/python -m loop.distributed.launch --standalone --nproc-per-node "$ranks" train.py --config configs/demo.yaml "$@"
+    .venv/bin/python -m loop.distributed.launch --nproc-per-node "$ranks" train.py --config configs/demo.yaml "$@"
     run_dir=checkpoints/$(setting run run configs/demo.yaml "$@")
     .venv/bin/python -m loop.review.samples "$run_dir" --max-tokens 60
     cat <<EOF

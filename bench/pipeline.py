@@ -69,7 +69,7 @@ def run(contender: str, directory: Path) -> list[dict[str, Any]]:
         RuntimeError: it failed; its output is in the message.
     """
     script, *settings = CONTENDERS[contender]
-    launcher = [sys.executable, "-m", "loop.distributed.launch", "--standalone", f"--nproc-per-node={NUM_STAGES}"]
+    launcher = [sys.executable, "-m", "loop.distributed.launch", f"--nproc-per-node={NUM_STAGES}"]
     command = [*launcher, str(REPO / script), "--config", "config.yaml", "resume=never", "train.plan=false", *settings]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)

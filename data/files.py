@@ -45,6 +45,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         sync(file)
         file.replace(path)
         sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

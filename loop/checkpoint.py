@@ -123,8 +123,8 @@ def newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
     """
     for partial in run_dir.glob(".step-*.partial"):
         path = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
-        if removed_of(path).exists() and not path.exists() and verify(partial, path) is None:
-            partial.rename(path)  # the process ended between the two renames of `save`
+        if removed_of(path).exists() and not path.exists():  # the process ended between the two renames of `save`
+            (partial if verify(partial, path) is None else removed_of(path)).rename(path)
     clear(run_dir, ".partial")
     clear(run_dir, ".removed")
     for path in reversed(list_checkpoints(run_dir)):

@@ -12,8 +12,9 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NoReturn
 
 from data.files import write_text
 
@@ -45,29 +46,29 @@ def run_command(main: Callable[[], object]) -> None:
     Exit status 2: a ValueError of this project, or a system error that names a file. Exit status 3: memory is full. 128 and the
     signal's number: told to stop by a signal. 1: everything else.
     """
-    leave_on_signals()
+    for heard in heeded():  # also while this process imports, until a run listens itself (distributed/signals.py)
+        signal.signal(heard, lambda number, _: end_process(128 + number, lambda: f"stopped by {name_of(number)}", head=""))
     try:
         main()
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OutOfMemory as error:
-        record_exit(NO_MEMORY_LEFT, str(error))
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(NO_MEMORY_LEFT)  # without cleaning up, which could wait for ranks that wait for this rank
+        end_process(NO_MEMORY_LEFT, partial(str, error))
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK") or not is_for_user(error):
-            record_exit(FAILED, repr(error))
+            report_failure(error)
             raise
+        ignore_signals()
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         record_exit(FOR_USER, message)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(FOR_USER)
     except Exception as error:
-        record_exit(FAILED, repr(error))
+        report_failure(error)
         raise
 
 
@@ -79,20 +80,35 @@ def is_for_user(error: Exception) -> bool:
     return source.is_relative_to(ROOT) and ".venv" not in source.parts
 
 
-def leave_on_signals() -> None:
-    """Ends this process in one line on a signal, also while it imports, until a run listens itself (distributed/signals.py).
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
-    for number in heeded():
-        signal.signal(number, lambda number, _: leave(number))
-
-
 def heeded() -> list[signal.Signals]:
+    """The signals of STOPPING that are not ignored, as SIGHUP is under nohup, and SIGINT in a background job."""
     return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def leave(number: int) -> None:
-    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())  # print may be interrupted by this very handler
-    os._exit(128 + number)
+def ignore_signals() -> None:
+    """For a process that is about to end anyway: a launcher that saw another rank end must not change how this one does."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def name_of(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def report_failure(error: Exception) -> None:
+    ignore_signals()
+    record_exit(FAILED, repr(error))
+
+
+def end_process(status: int, message: Callable[[], str], head: str = "error: ") -> NoReturn:
+    """Records and prints why, and ends the process at once, in any thread. Nothing is cleaned up, which could wait for ranks
+    that wait for this one; and nothing that fails on the way, such as a terminal that is closed, keeps the process alive."""
+    try:
+        said = message()
+        record_exit(status, said)
+        os.write(2, f"{head}{said}\n".encode())
+    finally:
+        os._exit(status)
 
 
 def record_exits_in(run_dir: Path) -> None:

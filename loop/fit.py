@@ -97,6 +97,9 @@ def conclude(
         log.sync()  # the checkpoint relies on the metrics up to its step
         save(config, state, eval_loss, ranks, log.say)
     if log.is_lost():
+        if log.run_dir.exists():
+            raise ValueError(f"{log.run_dir}: another directory took its place while the run trained. Start it with another "
+                             "run=NAME, or put its own directory back")
         ranks.signals.stop(f"{log.run_dir}, which was removed or renamed while the run trained", FOR_USER)
 
 

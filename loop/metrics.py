@@ -69,8 +69,9 @@ class RunLog:
         """Prints one line, and appends the line to the log."""
         if not self.enabled:
             return
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError):  # whoever reads the output has ended; the log and the run go on
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
         if self.log_file:
             try:
                 self.log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")

@@ -13,6 +13,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from data.files import write_text
 from loop.config import Config
 from loop.distributed.groups import Ranks
 from loop.optim import make_optimizer
@@ -255,7 +256,7 @@ def prove(config: Config, model_dir: Path, ranks: Ranks, say: Callable[[str], No
                 for name, number in zip(PATHS, failed_anywhere) if number]
     if ranks.is_main:
         report = {"device": device_name(ranks.device), "versions": versions(), "dtype": str(dtype), "paths": found}
-        (config.run_dir / "paths.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(config.run_dir / "paths.json", json.dumps(report, indent=1) + "\n")
     for name, problem in problems:
         OFF.add(name)
         say(f"fast path {name} is off for this run: {problem}. In its place: {PATHS[name].instead}")

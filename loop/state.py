@@ -130,4 +130,5 @@ def save_on_signals(
         sync()
         return save(config, state, None, aside, say)
 
+    ranks.signals.turns.begun = ranks.signals.turns.ended = 2 * state.step + 1  # that step is saved
     ranks.signals.save = save_step

@@ -148,13 +148,11 @@ def tiny_35b(tmp_path_factory):
 
 
 def test_the_launchers_find_each_other_by_torchruns_rendezvous(cluster):
-    """By `torchrun` on one host and by the trainer's launcher on the other."""
     hosts = cluster()
     alone = hosts.rank(0, 0, 1, "run=alone")
     command = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"host0:{PORT}",
                ROOT / "train.py", "--config", "config.yaml"]
-    both = [hosts.launch(host, launcher, *command)
-            for host, launcher in enumerate(("torch.distributed.run", "loop.distributed.launch"))]
+    both = [hosts.launch(host, "torch.distributed.run", *command) for host in (0, 1)]
     assert hosts.wait(alone, *both) == [0, 0, 0], hosts.everything()
     assert "2 rank(s) on cpu" in hosts.said(0, "launcher.out")
     hosts.assert_same("tiny")
@@ -198,7 +196,7 @@ def test_a_late_host_is_named_and_a_cut_link_ends_both_sides_in_time(cluster):
     assert f"python -m loop.distributed.launch {command} train.py --config configs/4b.yaml\n" in readme
     script = [ROOT / "train.py", "--config", "config.yaml"]
     first = hosts.launch(0, "loop.distributed.launch", *command.split(), *script)
-    hosts.until(lambda: "waiting for node 1 of 2 (signed in: node 0 on host0)\n" in hosts.said(0, "launcher.out"))
+    hosts.until(lambda: "waiting for rank 1 of 2 (signed in: rank 0 on host0)\n" in hosts.said(0, "launcher.out"))
     hosts.delay_s = 0.03  # so that steps take long enough to be cut
     command = command.replace("--node-rank 0", "--node-rank 1")
     second = hosts.launch(1, "loop.distributed.launch", *command.split(), *script)

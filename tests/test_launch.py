@@ -51,7 +51,7 @@ def test_each_host_gets_its_number_and_only_the_first_needs_rows(checkout):
     for split in ("train", "eval"):
         program(checkout / f"data/processed/{split}.jsonl", "")
     assert launch(checkout, "4b")[:2] == (
-        0, "0: -m loop.distributed.launch --standalone --nproc-per-node 2 train.py --config configs/4b.yaml")
+        0, "0: -m loop.distributed.launch --nproc-per-node 2 train.py --config configs/4b.yaml")
     assert launch(checkout, "35b")[:2] == (0, "0: pipeline_train.py --config configs/35b.yaml")
 
 

@@ -169,7 +169,7 @@ def test_a_users_mistake_ends_in_one_line_without_a_traceback(write_config, tmp_
     config = write_config(data__train="no-such.jsonl")
     alone = Run(ROOT / "train.py", "--config", config, directory=tmp_path)
     assert alone.wait() == [2]
-    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", "2", "--standalone",
+    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", "2",
                str(ROOT / "train.py"), "--config", str(config)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launched = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)

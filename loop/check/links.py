@@ -44,7 +44,7 @@ def links(num_ranks: int, tokens: int, hidden: int) -> list[Finding]:
 
 def tried(num_ranks: int, tokens: int, hidden: int, variables: dict[str, str]) -> tuple[dict[str, float], str]:
     """Starts the ranks; returns GB/s by link, and what went wrong, "" if nothing did."""
-    command = [sys.executable, "-m", "loop.distributed.launch", "--standalone", "--nproc-per-node", str(num_ranks),
+    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", str(num_ranks),
                "-m", "loop.check.links", str(tokens), str(hidden)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
                    **variables}

@@ -18,7 +18,7 @@ from torch import Tensor
 from loop.config import Config
 from loop.distributed.launch import die_with_parent, launched_ranks
 from loop.distributed.roll_call import by_host, call_roll, open_store
-from loop.distributed.signals import LIMIT_S, Signals
+from loop.distributed.signals import Signals
 from loop.distributed.watch import Watch
 
 Result = TypeVar("Result")
@@ -93,7 +93,7 @@ class Ranks(Place):
         Raises:
             ValueError: more local ranks than GPUs, or ranks that do not make whole replicas.
         """
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if "LOCAL_WORLD_SIZE" in os.environ:  # set by launchers
             die_with_parent(signal.SIGKILL)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         world_size = launched_ranks()
@@ -139,8 +139,7 @@ class Ranks(Place):
                 "nccl" if on_gpu else "gloo", timeout=timeout, device_id=self.device if on_gpu else None,
                 store=self.store, rank=self.rank, world_size=self.world_size)
             self.make_groups(timeout)
-            stopping = dist.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT_S))
-            self.signals.connect(self.store, stopping)
+            self.signals.connect(self.store, dist.new_group(backend="gloo", timeout=timeout))
 
     def aside(self) -> Ranks:
         """The same rank as a thread beside the main one communicates: on the CPU, in the group of `signals`."""
@@ -155,7 +154,6 @@ class Ranks(Place):
             self.stage_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
 
     def disconnect(self) -> None:
-        self.signals.listen_no_more()
         if dist.is_initialized():
             dist.destroy_process_group()
 

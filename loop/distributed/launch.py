@@ -1,28 +1,30 @@
-"""Starts the ranks of a run: torchrun, after a check of the command, without its traceback, and with exit codes that tell.
+"""Starts the ranks of a run on this host, passes signals on to them, and ends with one status that tells how the run ended.
 
 python -m loop.distributed.launch --nproc-per-node 2 train.py --config configs/4b.yaml
+
+torchrun starts runs as well. It prints a traceback whatever fails, ends with status 1, and stops a run under nohup.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Iterable, NoReturn
+import time
+from contextlib import suppress
+from typing import Iterable, NoReturn
 
 from loop.config import PipelineConfig
-from loop.distributed.hosts import meet_in_time
-from loop.distributed.preflight import SCRIPTS, STOPS_AT_ERRORS, check_script, launched_ranks
-from loop.errors import ROOT, run_command
+from loop.distributed.preflight import check_script, launched_ranks
+from loop.errors import FAILED, FOR_USER, NO_MEMORY_LEFT, ROOT, STOPPING, heeded, run_command
 
-SHUTDOWN_S = 5  # seconds that the other ranks have to end after one has failed; then they are killed
-FOR_THE_USER = (2, 3)  # exit codes of `run_command` for what another start cannot mend
-STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)  # that torch's launcher passes on to the ranks
+AFTER_FAILURE_S = 5.0  # how long the other ranks may take to end after one has failed; a stopped process never ends by itself
+AFTER_SIGNAL_S = 30.0  # how long all ranks may take after a signal: they save a checkpoint
+POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
 
 
@@ -74,107 +76,118 @@ def restart_as_ranks(num_ranks: int) -> NoReturn:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_ranks, 1)))
     sys.stdout.flush()
-    command = [sys.executable, "-m", "loop.distributed.launch", "--standalone", "--nproc-per-node", str(num_ranks), *sys.argv]
+    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", str(num_ranks), *sys.argv]
     os.execv(sys.executable, command)
 
 
-@dataclass
-class Ends:
-    """How the ranks of this host ended: their exit codes by rank, a negative one for the signal that ended the process."""
-
-    by_themselves: dict[int, int] = field(default_factory=dict)  # before the launcher stopped the others
-    of_all: dict[int, int] = field(default_factory=dict)
-
-
-def watch_ends() -> Ends:
-    """Lets torch's launcher note how ranks end, wait less after a failure, and restart no rank that said what to mend.
-
-    torch has no option for any of it. After a failure it waits 30 s for the other ranks; a stopped process never ends by
-    itself. When the launcher itself receives a signal, the ranks keep these 30 s: they save a checkpoint.
-    """
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-
-    ends = Ends()
-    close, monitor = SubprocessContext.close, LocalElasticAgent._monitor_workers
-
-    def codes(context: Any) -> dict[int, int]:
-        polled = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
-        return {int(context.envs[local]["RANK"]): code for local, code in polled.items() if code is not None}
-
-    def close_sooner(context: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        if death_sig is None:  # not because of a signal: a rank failed, or all have ended
-            ends.by_themselves, timeout = codes(context), SHUTDOWN_S
-        close(context, death_sig, timeout)
-        ends.of_all = codes(context)
-
-    def restart_only_what_can_succeed(agent: Any, group: Any) -> Any:
-        result = monitor(agent, group)
-        if any(failure.exitcode in FOR_THE_USER for failure in result.failures.values()):
-            agent._remaining_restarts = 0
-        return result
-
-    setattr(SubprocessContext, "close", close_sooner)
-    setattr(LocalElasticAgent, "_monitor_workers", restart_only_what_can_succeed)
-    os.environ[STOPS_AT_ERRORS] = "1"
-    return ends
-
-
-def exit_status(codes: Iterable[int], received: int | None) -> int:
-    """The status of the launcher.
+class Launched:
+    """The ranks of this host, as processes.
 
     Args:
-        codes: of all ranks.
-        received: the signal that the launcher itself received, if one stopped the run.
+        command: of every rank, without the interpreter.
+        environment: of all ranks.
+        first: the number of the first rank of this host.
     """
-    codes = set(codes)
-    for code in FOR_THE_USER:
-        if code in codes:
+
+    def __init__(self, command: list[str], environment: dict[str, str], first: int, number: int) -> None:
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}  # by rank
+        self.ended: dict[int, int] = {}  # exit codes by rank, a negative one for the signal that ended the process
+        self.by_themselves: set[int] = set()  # ranks that ended before this launcher ended any
+        self.received: int | None = None  # the signal that this launcher received first
+        for heard in heeded():
+            signal.signal(heard, self.pass_on)
+        for local in range(number):
+            own = {"RANK": str(first + local), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(number)}
+            # a session of their own: Ctrl-C reaches them once, by way of this launcher
+            self.processes[first + local] = subprocess.Popen(
+                [sys.executable, "-u", *command], env={**environment, **own}, start_new_session=True)
+        if self.received is not None:  # by those that were started then
+            self.send(self.received)
+
+    def pass_on(self, number: int, _: object) -> None:
+        self.received = self.received or number
+        self.send(number)
+
+    def send(self, number: int) -> None:
+        for rank, process in self.processes.items():
+            if rank not in self.ended:
+                with suppress(ProcessLookupError):
+                    process.send_signal(number)
+
+    def wait(self) -> None:
+        """Waits until all ranks have ended. When one fails, the others are told to end, and killed if they do not."""
+        killed_at = float("inf")
+        while len(self.ended) < len(self.processes):
+            for rank, process in self.processes.items():
+                if rank not in self.ended and process.poll() is not None:
+                    self.ended[rank] = process.returncode
+            failed = [code for code in self.ended.values() if code]
+            if killed_at == float("inf") and (failed or self.received):
+                self.by_themselves = {*self.ended}
+                is_stopping = self.received or failed[0] - 128 in STOPPING  # a signal to one rank makes all save and end
+                killed_at = time.monotonic() + (AFTER_SIGNAL_S if is_stopping else AFTER_FAILURE_S)
+                if not is_stopping:
+                    self.send(signal.SIGTERM)
+            if time.monotonic() > killed_at:
+                self.send(signal.SIGKILL)
+            time.sleep(POLL_S)
+
+    def say_killed(self) -> None:
+        """Names the ranks that a signal ended, since those printed nothing. Linux sends SIGKILL when memory is full."""
+        for rank, code in sorted(self.ended.items()):
+            if code < 0 and rank in self.by_themselves:
+                print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+            elif code == -signal.SIGKILL:
+                print(f"error: rank {rank} was ended by SIGKILL, since it did not end in time", file=sys.stderr)
+
+
+def exit_status(codes: Iterable[int]) -> int:
+    """The status of a run whose ranks ended with these codes: what a user can mend comes first, then what failed."""
+    found = {128 - code if code < 0 and -code in STOPPING else code for code in codes} - {0}  # negative: while it imported
+    for code in (FOR_USER, NO_MEMORY_LEFT):
+        if code in found:
             return code
-    if not codes - {0}:
-        return 0 if codes or received is None else 128 + received
-    if len(codes - {0}) == 1 and max(codes) - 128 in STOPS:  # a signal to one rank, which stops all
-        return max(codes)
-    stopped = {0, *(code for number in STOPS for code in (128 + number, -number))}  # negative: while it imported
-    return 128 + received if received is not None and codes <= stopped else 1
+    return found.pop() if len(found) == 1 and min(found) > 0 else FAILED if found else 0
 
 
-def check_before_start(arguments: list[str]) -> None:
-    """Checks the command line of the script that is to be launched, if it is one of this project's.
+def launch(arguments: list[str]) -> int:
+    """Starts the ranks that the arguments ask for; returns the status when all have ended.
 
     Raises:
         ValueError: something that the user has to change.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--nnodes", default=os.environ.get("PET_NNODES", "1"))
-    first = next((i for i, argument in enumerate(arguments) if Path(argument).resolve() in SCRIPTS), None)
-    if first is not None:
-        hosts = parser.parse_known_args(arguments[:first])[0].nnodes
-        check_script(arguments[first:], has_rows=hosts in ("1", "1:1"))  # which host is the first one is not known yet
+    parser = argparse.ArgumentParser(prog="python -m loop.distributed.launch", description="Start the ranks of a run.")
+    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks on each host, one a GPU (1)")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts (1)")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="K", help="this host's number, from 0 (0)")
+    parser.add_argument("--master-addr", default="127.0.0.1", metavar="HOST", help="name or address of host 0")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="a free port there; one host finds one itself")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="such as train.py --config FILE")
+    asked = parser.parse_args(arguments)
+    if not asked.command or min(asked.nproc_per_node, asked.nnodes) < 1 or not 0 <= asked.node_rank < asked.nnodes:
+        parser.error("expected at least one rank and one host, a host's number below that of all hosts, and a script")
+    if asked.nnodes > 1 and asked.master_port is None:
+        parser.error("several hosts need --master-addr HOST and --master-port PORT of host 0")
+    check_script(asked.command, has_rows=asked.node_rank == 0)
+    environment = {
+        "OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(asked.nnodes * asked.nproc_per_node),
+        "GROUP_RANK": str(asked.node_rank), "MASTER_ADDR": asked.master_addr, "MASTER_PORT": str(asked.master_port or free_port())}
+    for name in [name for name in environment if name.startswith("TORCHELASTIC_")]:  # of a launcher around this one
+        del environment[name]
+    ranks = Launched(asked.command, environment, asked.node_rank * asked.nproc_per_node, asked.nproc_per_node)
+    ranks.wait()
+    ranks.say_killed()
+    return exit_status(ranks.ended.values())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def main() -> None:
-    check_before_start(sys.argv[1:])
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    for name in ("elastic", "elastic.agent.server.api"):  # ranks print their own messages; the second has a level of its own
-        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
-    ends, received = watch_ends(), None
-    meet_in_time(sys.argv[1:])
-    try:
-        torchrun(sys.argv[1:])
-    except ChildFailedError:
-        pass
-    except SignalException as error:
-        received = int(error.sigval)
-    for rank, code in ends.of_all.items():  # a rank that was ended by a signal printed nothing
-        if ends.by_themselves.get(rank, 0) < 0:  # Linux sends SIGKILL when memory is full
-            print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-        elif code == -signal.SIGKILL:
-            print(f"error: rank {rank} was ended by SIGKILL, since it did not end in time", file=sys.stderr)
-    sys.exit(exit_status(ends.of_all.values(), received))
+    sys.exit(launch(sys.argv[1:]))
 
 
 if __name__ == "__main__":

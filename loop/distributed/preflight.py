@@ -22,7 +22,6 @@ from model.config import check_keep_layers, check_targets, local_directory
 
 SCRIPTS = {ROOT / "train.py": False, ROOT / "pipeline_train.py": True}  # the entry points, and whether they split the model
 SHAPES = ROOT / "configs/models"  # config.json of the models that the configurations name
-STOPS_AT_ERRORS = "LAUNCHER_STOPS_AT_ERRORS"  # set by our launcher, which restarts no rank that has named a user's error
 QUIET_S = 3  # how long a rank that prints nothing leaves the one that prints: launchers stop all ranks when the first ends
 
 
@@ -45,8 +44,7 @@ def preflight(splits: bool = False) -> Config:
 
 def is_first() -> bool:
     """Whether no other rank of this host, and no earlier start of this rank, says the same."""
-    restarts = 0 if STOPS_AT_ERRORS in os.environ else int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and restarts == 0
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 == int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def check_script(command: list[str], has_rows: bool = True) -> None:

@@ -15,18 +15,18 @@ from typing import Any, Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from loop.distributed.watch import Watch
-from loop.errors import FAILED, STOPPING, heeded, record_exit
+from loop.distributed.watch import REMEDY, Watch
+from loop.errors import FAILED, FOR_USER, STOPPING, end_process, heeded, name_of, record_exit
 
-SAME_S = 3.0  # Ctrl-C reaches a rank twice, from the terminal and from its launcher: signals so close are one
-UNANSWERED_S = 3.0  # then a rank says what it waits for: after a failure, launch.py leaves the other ranks 5 s
-LIMIT_S = 25.0  # torchrun kills its ranks 30 s after a signal
+SAME_S = 3.0  # signals so close count as one: batch systems signal a rank and its launcher, which passes the signal on
+UNANSWERED_S = 3.0  # after so long a rank says which rank it waits for
+LIMIT_S = 25.0  # launchers kill their ranks 30 s after a signal
 KEY = "stop"  # in the store that all ranks share
 
 
 class Turns:
-    """What the main thread does not let itself be interrupted in: the update of step n, with its records, is turn 2 n, the
-    checkpoint of step n is turn 2 n + 1. Between turns, adapters and optimizer hold exactly the last finished step."""
+    """Parts of the main thread's work that are not interrupted: turn 2 n is the update of step n, with its records, turn 2 n + 1
+    the checkpoint of step n. Between two turns adapters and optimizer are those of the last finished step."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -43,15 +43,17 @@ class Turns:
             self.ended = turn
             self.changed.notify_all()
 
-    def stop_after(self, turn: int | None = None) -> int:
-        """Lets the main thread begin no turn after `turn`, or after the one it has begun last; returns the latter."""
+    def hold(self) -> int:
+        """Lets the main thread begin no further turn; returns the turn that it has begun last."""
         with self.changed:
-            self.last = self.begun if turn is None else turn
-            self.changed.notify_all()
+            self.last = self.begun
             return self.begun
 
-    def wait_for(self, turn: int) -> None:
+    def finish(self, turn: int) -> None:
+        """Lets the main thread go on to the end of a turn, and waits for it."""
         with self.changed:
+            self.last = turn
+            self.changed.notify_all()
             self.changed.wait_for(lambda: self.ended >= turn)
 
 
@@ -78,7 +80,7 @@ class Signals:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)  # wakes the thread even if the main thread is in a collective
         for number in heeded():
             signal.signal(number, lambda *_: None)
-        threading.Thread(target=self.hear, args=(woken,), name="signals", daemon=True).start()
+        threading.Thread(target=self.read_signals, args=(woken,), name="signals", daemon=True).start()
 
     def listen_no_more(self) -> None:
         """Gives signals back their usual effect, after a run."""
@@ -94,7 +96,7 @@ class Signals:
             group: all ranks, on the CPU, for nothing else.
         """
         self.store, self.group = store.clone(), group
-        threading.Thread(target=self.hear_others, args=(store.clone(),), name="other ranks' signals", daemon=True).start()
+        threading.Thread(target=self.wait_for_others, args=(store.clone(),), name="others", daemon=True).start()
 
     # The main thread's part
 
@@ -115,78 +117,92 @@ class Signals:
 
     # The threads' part
 
-    def hear(self, woken: int) -> None:
+    def read_signals(self, woken: int) -> None:
         while True:
             for number in os.read(woken, 64):
+                if number == signal.SIGHUP:
+                    forget_terminal()
                 if number in STOPPING:
-                    name = signal.Signals(number).name
+                    name = name_of(number)
                     if self.stopped_at is not None and time.monotonic() - self.stopped_at > SAME_S:
-                        os.write(2, f"stopped at once by a second signal, {name}\n".encode())
-                        os._exit(128 + number)
+                        end_process(128 + number, lambda: f"stopped at once by a second signal, {name}", head="")
                     self.stop(name, 128 + number)
 
-    def hear_others(self, store: Any) -> None:
-        with suppress(RuntimeError):  # the store is gone with its process; whoever waits for a rank notices
-            store.wait([KEY], timedelta(days=999))
-            status, _, reason = store.get(KEY).decode().partition(" ")
-            self.stop(reason, int(status))
+    def wait_for_others(self, store: Any) -> None:
+        """Waits until another rank stops the run."""
+        while not store.check([KEY]):
+            with suppress(dist.DistStoreError):  # the time is over: as long as the store takes, which is less than a run
+                store.wait([KEY], timedelta(days=20))
+        status, _, reason = store.get(KEY).decode().partition(" ")
+        self.stop(reason, int(status))
 
     def stop(self, reason: str, status: int) -> None:
-        """Begins to stop the run on all ranks; returns at once."""
+        """Begins to stop the run on all ranks; returns at once.
+
+        Args:
+            reason: such as SIGTERM, after the words "stopped by".
+            status: with which all ranks end.
+        """
         with self.lock:
             if self.stopped_at is None:
                 self.stopped_at = time.monotonic()
-                threading.Thread(target=self.save_and_leave, args=(reason, status), name="stop", daemon=True).start()
+                threading.Thread(target=self.save_and_end, args=(reason, status), name="stop", daemon=True).start()
 
-    def save_and_leave(self, reason: str, status: int) -> None:
-        self.watch.lock.acquire()  # no other reason ends this process from now on
-        threading.Timer(LIMIT_S, self.give_up, (reason, f"not finished within {LIMIT_S:.0f} s")).start()
-        if self.store is not None:
-            with suppress(RuntimeError):
-                self.store.set(KEY, f"{status} {reason}" + (f" on {self.watch.name}" if " on " not in reason else ""))
+    def save_and_end(self, reason: str, status: int) -> None:
+        self.watch.ending.acquire()  # no other reason ends this process from now on
+        threading.Timer(LIMIT_S, self.give_up, (reason, FAILED, f"not finished within {LIMIT_S:.0f} s")).start()
         unanswered = threading.Timer(UNANSWERED_S, self.say_unanswered, (reason,))
         unanswered.start()
         try:
+            if self.store is not None and not self.store.check([KEY]):
+                self.store.set(KEY, f"{status} {reason} on {self.watch.name}")
             said = self.save_last_step(unanswered)
-            self.together(torch.zeros(1))  # a rank that left earlier would make the launcher end the others
-        except ValueError as error:  # such as a full disk
-            self.give_up(reason, str(error))
-        except (RuntimeError, OSError):  # a rank that this one needs is gone
-            self.give_up(reason, "another rank has ended or does not answer")
-        record_exit(status, f"stopped by {reason}: {said}")
+        except Exception as error:
+            is_mine = isinstance(error, ValueError) or self.group is None  # such as a full disk
+            self.give_up(reason, FOR_USER if isinstance(error, ValueError) else FAILED,
+                         str(error) if is_mine else "another rank has ended or does not answer")
         if self.watch.is_main:
-            print(f"stopped by {reason}: {said}", flush=True)
+            record_exit(status, f"stopped by {reason}: {said}")
+            with suppress(OSError):
+                print(f"stopped by {reason}: {said}", flush=True)
+        with suppress(RuntimeError):
+            self.greatest([0])  # all end together: a launcher ends the others after the first
         os._exit(status)
 
     def save_last_step(self, unanswered: threading.Timer) -> str:
-        begun = self.turns.stop_after()
-        begun, is_unready = self.together(torch.tensor([begun, self.save is None]))
+        turn, is_unready = self.greatest([self.turns.hold(), self.save is None])
         unanswered.cancel()
-        if is_unready or begun < 2 or self.save is None:
+        step, is_saved = divmod(turn, 2)
+        if is_unready or self.save is None or step == 0:
             return "nothing was trained yet"
-        self.turns.stop_after(begun)
-        self.turns.wait_for(begun)
-        step, is_saved = divmod(begun, 2)
+        self.turns.finish(turn)
         if is_saved:
-            return f"step {step} was saved already. The same command continues from there"
+            return f"step {step} was saved already. {REMEDY}"
         while self.updated is not None and not self.updated.query():
             time.sleep(0.01)
         # the current stream may wait behind a kernel that hangs
         with torch.cuda.stream(torch.cuda.Stream(self.updated.device)) if self.updated is not None else nullcontext():
-            return f"{self.save(step)}. The same command continues from there"
+            return f"{self.save(step)}. {REMEDY}"
 
-    def together(self, values: torch.Tensor) -> list[int]:
-        """The greatest value on any rank."""
+    def greatest(self, values: list[int]) -> list[int]:
+        """The greatest values on any rank; waits for all ranks."""
+        together = torch.tensor(values)
         if self.group is not None:
-            dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
-        return [int(value) for value in values]
+            dist.all_reduce(together, dist.ReduceOp.MAX, self.group)
+        return together.tolist()
 
     def say_unanswered(self, reason: str) -> None:
-        said = f"{self.watch.sentence()}: stopped by {reason}, but other ranks do not answer"
-        print(f"error: {said}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"error: {self.watch.sentence()}: stopped by {reason}, but other ranks do not answer", file=sys.stderr,
+                  flush=True)
 
-    def give_up(self, reason: str, why: str) -> None:
-        message = f"{self.watch.sentence()}: stopped by {reason}, and its last steps were not saved: {why}"
-        record_exit(FAILED, message)
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(FAILED)
+    def give_up(self, reason: str, status: int, why: str) -> None:
+        end_process(status, lambda: f"{self.watch.sentence()} when it was stopped by {reason}. What was trained since the newest "
+                                    f"checkpoint is lost: {why}. {REMEDY}")
+
+
+def forget_terminal() -> None:
+    """Leaves what is still written to a terminal to nobody: the terminal is closed, and writing to it would be an error."""
+    for number in (1, 2):
+        if os.isatty(number):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -3,8 +3,6 @@ Costs one thread that sleeps nearly all the time."""
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -13,10 +11,11 @@ from typing import Callable, Iterator
 from torch import AcceleratorError
 from torch.distributed import DistError
 
-from loop.errors import FAILED, is_out_of_memory, record_exit
+from loop.errors import FAILED, end_process, is_out_of_memory
 
 INTERVAL_S = 0.5
-SHUTDOWN_S = 10  # of the timeout, at most half, is left to the launcher to end the other ranks
+SPARE_S = 10  # of the timeout, at most half, is left to the launcher to end the other ranks
+REMEDY = "The same command continues from the newest checkpoint"
 
 
 class Watch:
@@ -31,7 +30,7 @@ class Watch:
         self.awaited: Callable[[], str] | None = None  # says what this rank waits for; None while the rank computes
         self.since = 0.0  # when the rank began to wait
         self.queued = False  # whether the message is only queued on a GPU, while this process goes on
-        self.lock = threading.Lock()
+        self.ending = threading.Lock()  # kept by the thread that ends the process, so that only its reason is printed
 
     def start(self, name: str, timeout_s: int, is_main: bool) -> None:
         """Starts the watching thread.
@@ -40,7 +39,7 @@ class Watch:
             name: of this rank, such as "rank 1 (stage 1)".
             timeout_s: seconds after which the whole run must have ended.
         """
-        self.name, self.limit_s, self.is_main = name, max(timeout_s - SHUTDOWN_S, timeout_s / 2), is_main
+        self.name, self.limit_s, self.is_main = name, max(timeout_s - SPARE_S, timeout_s / 2), is_main
         threading.Thread(target=self.run, name="watch", daemon=True).start()
 
     def run(self) -> None:
@@ -59,9 +58,9 @@ class Watch:
         self.awaited = None
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str | Callable[[], str]) -> Iterator[None]:
         """Notes that this rank waits for `what` inside the block; an error in the block ends the process."""
-        self.begin(lambda: what)
+        self.begin(what if callable(what) else lambda: str(what))
         with self.ends_when_peers_are_gone():
             yield
         self.done()
@@ -80,16 +79,11 @@ class Watch:
             self.end("the connection is gone")
 
     def sentence(self) -> str:
-        """What this rank waits for, or that it computes. A GPU that is asked what it waits for may answer with an error."""
+        """What this rank waits for, or that it computes. Raises where a GPU that is asked answers with an error."""
         awaited = self.awaited  # another thread may set it to None
         return f"{self.name or 'the run'} " + (f"waited for {awaited()}" if awaited is not None else "was computing")
 
     def end(self, reason: str) -> None:
         """Prints one line and ends the process at once, without cleaning up: cleaning up would wait for the other ranks."""
-        with self.lock:  # kept until the process ends, so that only the first reason is printed
-            try:
-                message = f"{self.sentence()}: {reason}"
-                print(f"error: {message}", file=sys.stderr, flush=True)
-                record_exit(FAILED, message)
-            finally:
-                os._exit(FAILED)
+        with self.ending:
+            end_process(FAILED, lambda: f"{self.sentence()}: {reason}. {REMEDY}")

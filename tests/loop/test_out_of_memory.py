@@ -61,7 +61,7 @@ def run_limited(config, entry, mib, *arguments, ranks=1, limited_rank=0, launche
         status = run.wait(240)
         assert "Traceback" not in run.said
         return run.said, status
-    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", str(ranks), "--standalone", str(LIMITED),
+    command = [sys.executable, "-m", "loop.distributed.launch", "--nproc-per-node", str(ranks), str(LIMITED),
                entry, "--config", str(config), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **limit}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240)

@@ -85,7 +85,7 @@ def place(tmp_path, monkeypatch):
 def command(entry, overrides):
     arguments = ["--config", "config.yaml", *overrides]
     if entry == "launch":
-        launcher = ["--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+        launcher = ["--nproc-per-node", "2", str(ROOT / "train.py")]
         return str(ROOT / "loop/distributed/launch.py"), launcher + arguments
     return str(ROOT / f"{entry}.py"), arguments
 
@@ -140,10 +140,9 @@ def test_ranks_that_make_no_whole_replicas(place, monkeypatch):
 
 @pytest.mark.parametrize("environment, speaks", [
     ({}, True), ({"LOCAL_RANK": "1"}, False), ({"LOCAL_RANK": "0", "RANK": "4"}, True),
-    ({"TORCHELASTIC_RESTART_COUNT": "1"}, False),
-    ({"TORCHELASTIC_RESTART_COUNT": "1", "LAUNCHER_STOPS_AT_ERRORS": "1"}, True)])
+    ({"TORCHELASTIC_RESTART_COUNT": "1"}, False)])
 def test_who_speaks(monkeypatch, environment, speaks):
-    for name in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "LAUNCHER_STOPS_AT_ERRORS"):
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
