@@ -123,8 +123,14 @@ def stop(process_id, seconds=60):
 
 
 def wait_until_stopped(process_id, seconds=60):
+    """
+    Raises:
+        OSError: the process has ended.
+    """
     deadline = time.monotonic() + seconds
-    while Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    while (state := Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
+        if state == "Z":
+            raise ProcessLookupError(f"process {process_id} has ended")
         assert time.monotonic() < deadline, f"process {process_id} does not stop"
         time.sleep(0.002)
 
