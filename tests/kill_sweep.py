@@ -168,7 +168,10 @@ class Sweep:
         found, whole = {}, place.run_dir("whole")
         lost = self.lost(phase, place.run_dir(name), targets[:index])
         resumed = place.start(name, ranks=self.ranks)
-        codes = resumed.wait(WAIT_S)
+        try:
+            codes = resumed.wait(WAIT_S)
+        except AssertionError:
+            codes = [f"none after {WAIT_S} s"]
         if lost:
             found["lost"] = "; ".join(lost)
         if any(codes):
@@ -212,10 +215,7 @@ def main():
             sweep.prepare(asked.phase)
             for phase in asked.phase:
                 rows.append(sweep.sweep(phase, asked.every, asked.call, asked.workers))
-                print(rows[-1], flush=True)
-    for row in rows:
-        for problem in row.problems:
-            print(f"\n{row.phase}, {row.ranks} rank(s): {problem}")
+                print(rows[-1], *rows[-1].problems, sep="\n", flush=True)
     print(f"\n{'phase':<14}ranks   kills" + "".join(f"{fault:>11}" for fault in FAULTS) + "      time", *rows, sep="\n")
     sys.exit(any(sum(row.counts.values()) for row in rows))
 

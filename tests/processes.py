@@ -6,10 +6,12 @@ takes seconds of a core before it does anything. Tests of the launchers and of t
 
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,6 +37,15 @@ def run_script(script, arguments, environment, directory, files):
     runpy.run_path(str(script), run_name="__main__")
 
 
+def free_port():
+    """A port below those that the system gives to connections: another run's connection could take such a one meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(12000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Run:
     """The ranks of one run, which have been started.
 
@@ -50,11 +61,8 @@ class Run:
     def __init__(self, script, *arguments, ranks=1, directory=".", environment=None):
         Run.number += 1
         self.files = [Path(directory).resolve() / f"run-{Run.number}.{kind}" for kind in ("out", "err")]
-        with patch.dict(os.environ, ENVIRONMENT), socket.socket() as free:  # the server keeps what it is started with
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-            free.close()
-            self.processes = []
+        with patch.dict(os.environ, ENVIRONMENT):  # the server keeps what it is started with
+            port, self.processes = free_port(), []
             for rank in range(ranks):
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 launched = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
