@@ -4,7 +4,6 @@ Costs one pass of SHA-256 at each start, 0.5 to 2 GB/s."""
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import clear_partial, write_whole
+from data.files import write_whole
 
 CHECKSUM = "sha256"  # the tensor that holds the checksum of all others
 
@@ -36,22 +35,15 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], replaces: str) -> None:
-    """Writes tensors, whole and with their checksum; removes what killed writers left, and files that match `replaces`.
+    """Writes tensors, whole and with their checksum; removes files that match `replaces`.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    clear_partial(path.parent)
-    for pattern in (replaces, "*.partial", ".tmp*"):  # the last two are from versions that wrote beside the file
-        for outdated in path.parent.glob(pattern):
-            if not outdated.is_dir():
-                outdated.unlink(missing_ok=True)
+    for outdated in path.parent.glob(replaces):
+        outdated.unlink(missing_ok=True)
     write_whole(path, lambda partial: save_file(tensors | {CHECKSUM: checksum(tensors)}, partial))
-
-
-def say_damaged(path: Path, why: object) -> None:
-    print(f"{path}: damaged ({' '.join(str(why).split())[:200]}), so it is made again", file=sys.stderr)
 
 
 def checksum(tensors: dict[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from array import array
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -16,8 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from data.cache import read_tensors, say_damaged, write_tensors
+from data.cache import read_tensors, write_tensors
 from data.chat import ChatFormat, Example
+from data.files import clear_partial
 from data.limits import MAX_RENDERED
 from data.records import DataConfig, Dropped, Row, bad_row, open_rows, read_rows
 
@@ -103,13 +105,14 @@ def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -
     """
     path = {"train": config.train, "eval": config.eval}[split]
     ChatFormat(tokenizer, config.think)  # raises for an unsuitable tokenizer before it is used
+    clear_partial(cache_dir)
     cached = cache_dir / f"{split}-{fingerprint(path, tokenizer, config)}.safetensors"
     try:
         tensors = read_tensors(cached)
         if tensors is not None:
             return replace(TokenizedRows.from_tensors(tensors), path=path)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of `meta` not as it was written
-        say_damaged(cached, error)
+        print(f"{cached}: damaged ({' '.join(str(error).split())[:200]}), so it is made again", file=sys.stderr)
     rows = tokenize(path, tokenizer, config)
     try:
         write_tensors(cached, rows.to_tensors(), replaces=f"{split}-*")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import make_readable, open_regular, partial_of, sha256, sync
+from data.files import clear_partial, make_readable, open_regular, partial_of, sha256, sync
 
 STATE, OPTIMIZER, MANIFEST = "state.json", "optimizer.safetensors", "manifest.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
@@ -63,7 +63,7 @@ def save(run_dir: Path, saved: Saved, keep: int) -> Path:
     kept = {*sorted(evaluated, key=eval_loss)[:keep], checkpoints[-1], path}
     for outdated in set(checkpoints) - kept:
         outdated.rename(removed_of(outdated))  # renamed first: a crash leaves no checkpoint without files
-    clear(run_dir, ".removed")
+    clear_removed(run_dir)
     return path
 
 
@@ -79,8 +79,8 @@ def damaged_of(path: Path) -> Path:
     return aside
 
 
-def clear(run_dir: Path, suffix: str) -> None:
-    for leftover in run_dir.glob(f".step-*{suffix}"):
+def clear_removed(run_dir: Path) -> None:
+    for leftover in run_dir.glob(".step-*.removed"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -125,8 +125,8 @@ def newest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
         path = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
         if removed_of(path).exists() and not path.exists():  # the process ended between the two renames of `save`
             (partial if verify(partial, path) is None else removed_of(path)).rename(path)
-    clear(run_dir, ".partial")
-    clear(run_dir, ".removed")
+    clear_partial(run_dir)
+    clear_removed(run_dir)
     for path in reversed(list_checkpoints(run_dir)):
         problem = verify(path)
         if problem is None:

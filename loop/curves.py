@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from data.files import write_whole
+
 MAX_RANKS = 8  # that memory.png shows
 COLORS = {"forward": "tab:blue", "loss": "tab:green", "backward": "tab:orange", "update": "tab:purple"}
 
@@ -48,9 +50,8 @@ def add_panels(figure: Figure, title: str, num_rows: int, num_columns: int, lege
 
 
 def replace_picture(figure: Figure, path: Path) -> None:
-    """Writes the picture under another name first, so that a viewer never reads half of it."""
-    figure.savefig(path.with_suffix(".partial.png"), dpi=110)
-    path.with_suffix(".partial.png").replace(path)
+    """Writes a picture whole, so that a viewer never reads half of it."""
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
 def draw_memory(records: list[dict[str, Any]], path: Path, title: str, kind: str, planned_gib: list[float]) -> None:

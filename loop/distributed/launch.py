@@ -171,7 +171,8 @@ def launch(arguments: list[str]) -> int:
     check_script(asked.command, has_rows=asked.node_rank == 0)
     environment = {
         "OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(asked.nnodes * asked.nproc_per_node),
-        "GROUP_RANK": str(asked.node_rank), "MASTER_ADDR": asked.master_addr, "MASTER_PORT": str(asked.master_port or free_port())}
+        "GROUP_RANK": str(asked.node_rank), "MASTER_ADDR": asked.master_addr,
+        "MASTER_PORT": str(asked.master_port or free_port())}
     for name in [name for name in environment if name.startswith("TORCHELASTIC_")]:  # of a launcher around this one
         del environment[name]
     ranks = Launched(asked.command, environment, asked.node_rank * asked.nproc_per_node, asked.nproc_per_node)

@@ -25,8 +25,8 @@ KEY = "stop"  # in the store that all ranks share
 
 
 class Turns:
-    """Parts of the main thread's work that are not interrupted: turn 2 n is the update of step n, with its records, turn 2 n + 1
-    the checkpoint of step n. Between two turns adapters and optimizer are those of the last finished step."""
+    """Parts of the main thread's work that are not interrupted: turn 2 n is the update of step n, with its records, turn
+    2 n + 1 the checkpoint of step n. Between two turns adapters and optimizer are those of the last finished step."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -197,8 +197,8 @@ class Signals:
                   flush=True)
 
     def give_up(self, reason: str, status: int, why: str) -> None:
-        end_process(status, lambda: f"{self.watch.sentence()} when it was stopped by {reason}. What was trained since the newest "
-                                    f"checkpoint is lost: {why}. {REMEDY}")
+        end_process(status, lambda: f"{self.watch.sentence()} when it was stopped by {reason}. Steps since the newest checkpoint "
+                                    f"are lost: {why}. {REMEDY}")
 
 
 def forget_terminal() -> None:

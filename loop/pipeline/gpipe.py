@@ -85,6 +85,8 @@ class Pipeline(nn.Module):
         schedule = self.schedule_for(batch.length, len(batch.microbatches), train)
         with self.ranks.watch.ends_when_peers_are_gone(), self.memory.during("communicate"):
             self.computes()
+            if not self.on_gpu:  # before its first step torch's schedule lets all stages vote
+                self.ranks.watch.begin(lambda: f"the other stages to begin step {batch.step}")
             try:
                 inputs = (number_M,) if self.stage.is_first else ()
                 schedule.step(*inputs, target=number_M if train else None, return_outputs=False)

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import json
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -18,6 +18,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor
 
+from data.files import write_text
 from loop.errors import run_command
 
 # S stages, M microbatches; of each: forward and backward (2), their start and stop (2)
@@ -80,10 +81,10 @@ def busy_and_idle(times_SM22: Tensor) -> tuple[list[float], list[float]]:
 
 
 def write(path: Path, step: int, schedule: str, times_SM22: Tensor) -> None:
-    """Writes the timeline of a step in place of an older one."""
+    """Writes the timeline of a step in place of an older one, unless the disk is full."""
     since = times_SM22 - times_SM22.min()
-    path.with_suffix(".partial").write_text(json.dumps({"step": step, "schedule": schedule, "seconds_SM22": since.tolist()}))
-    path.with_suffix(".partial").replace(path)
+    with suppress(OSError):
+        write_text(path, json.dumps({"step": step, "schedule": schedule, "seconds_SM22": since.tolist()}))
 
 
 def draw(path: Path, out: Path) -> None:

@@ -139,7 +139,8 @@ def test_one_true_status(codes, status):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    ([], "a script"), (["--nproc-per-node", "0", "x.py"], "at least one rank"), (["--nnodes", "2", "x.py"], "--master-addr HOST"),
+    ([], "a script"), (["--nproc-per-node", "0", "x.py"], "at least one rank"),
+    (["--nnodes", "2", "x.py"], "--master-addr HOST"),
     (["--nnodes", "2", "--node-rank", "2", "--master-port", "1", "x.py"], "below that of all hosts")])
 def test_a_wrong_command_is_named(arguments, said, capsys):
     with pytest.raises(SystemExit, match="2"):
