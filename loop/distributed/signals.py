@@ -197,8 +197,8 @@ class Signals:
                   flush=True)
 
     def give_up(self, reason: str, status: int, why: str) -> None:
-        end_process(status, lambda: f"{self.watch.sentence()} when it was stopped by {reason}. Steps since the newest checkpoint "
-                                    f"are lost: {why}. {REMEDY}")
+        end_process(status, lambda: f"{self.watch.sentence()} when it was stopped by {reason}. Steps since the newest "
+                                    f"checkpoint are lost: {why}. {REMEDY}")
 
 
 def forget_terminal() -> None:
