@@ -41,8 +41,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], replaces: str) -> None
         OSError, SafetensorError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for outdated in path.parent.glob(replaces):
-        outdated.unlink(missing_ok=True)
+    for pattern in (replaces, ".tmp*"):  # the latter from versions that wrote beside the file
+        for outdated in path.parent.glob(pattern):
+            outdated.unlink(missing_ok=True)
     write_whole(path, lambda partial: save_file(tensors | {CHECKSUM: checksum(tensors)}, partial))
 
 

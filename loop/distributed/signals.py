@@ -130,10 +130,13 @@ class Signals:
 
     def wait_for_others(self, store: Any) -> None:
         """Waits until another rank stops the run."""
-        while not store.check([KEY]):
-            with suppress(dist.DistStoreError):  # the time is over: as long as the store takes, which is less than a run
-                store.wait([KEY], timedelta(days=20))
-        status, _, reason = store.get(KEY).decode().partition(" ")
+        try:
+            while not store.check([KEY]):
+                with suppress(dist.DistStoreError):  # the longest wait that a store takes is over, but the run is not
+                    store.wait([KEY], timedelta(days=20))
+            status, _, reason = store.get(KEY).decode().partition(" ")
+        except RuntimeError:  # the process with the store is gone, which whoever waits for a rank will notice
+            return
         self.stop(reason, int(status))
 
     def stop(self, reason: str, status: int) -> None:

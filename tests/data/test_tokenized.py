@@ -109,3 +109,11 @@ def test_a_cache_that_cannot_be_written_is_named(tokenizer, write_rows, make_row
     path = write_rows([make_row("a", "b")])
     with pytest.raises(ValueError, match="taken.*could not be written"):
         load_rows("train", tokenizer, config(path), tmp_path / "taken")
+
+
+def test_what_a_killed_writer_left_is_cleared_also_when_the_cache_is_there(tokenizer, write_rows, make_row, tmp_path):
+    path = write_rows([make_row("a", "b")])
+    load_rows("train", tokenizer, config(path), tmp_path / "cache")
+    (tmp_path / "cache/.train-x.safetensors.partial").mkdir()
+    load_rows("train", tokenizer, config(path), tmp_path / "cache")
+    assert [p.name[:6] for p in (tmp_path / "cache").iterdir()] == ["train-"]
