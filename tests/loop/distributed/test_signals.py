@@ -2,10 +2,12 @@
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,3 +245,56 @@ def test_the_pipeline_of_the_35b_is_stopped_and_goes_on(write_config, start, rea
     assert run.wait(60) == [143, 143], run.said
     assert start(ROOT / "pipeline_train.py", config, "stopped", ranks=2).wait() == [0, 0]
     assert_same(read_metrics, tmp_path, "stopped", "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["output", "output and errors", "terminal"])
+def test_a_run_whose_reader_is_gone_is_saved_too(long_config, tmp_path, gone):
+    """As after Ctrl-C in `train.py | tee log`, and when a terminal is closed. Found: the process wrote its checkpoint and then
+    hung, or said that nothing was saved."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(long_config(
+        train__max_steps=100_000, checkpoint__every=100_000, eval__every=100_000))]
+    run_dir = tmp_path / "checkpoints/tiny"
+
+    def wait_for_steps():
+        deadline = time.monotonic() + 120
+        while not reached(run_dir, 5)():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if gone == "terminal":
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(tmp_path)
+            os.execve(command[0], command, environment)
+        reader = threading.Thread(target=lambda: [None for _ in iter(lambda: read_until_gone(terminal), b"")], daemon=True)
+        reader.start()
+        wait_for_steps()
+        os.kill(pid, signal.SIGSTOP)  # so that it does not write while the terminal is closed, which would wait for the reader
+        os.close(terminal)
+        os.kill(pid, signal.SIGCONT)
+        status, expected = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 129
+    else:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for stream in (process.stdout, process.stderr):
+            threading.Thread(target=lambda stream=stream: [None for _ in iter(lambda: read_until_gone(stream.fileno()), b"")],
+                             daemon=True).start()
+        wait_for_steps()
+        process.send_signal(signal.SIGSTOP)
+        for stream in (process.stdout, process.stderr)[: 1 + (gone != "output")]:
+            os.close(stream.fileno())
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)
+        status, expected = process.wait(60), 130
+    assert status == expected
+    newest = checkpoint.newest(run_dir)
+    record = json.loads((run_dir / "exit.json").read_text())
+    assert record["status"] == expected and newest.name in record["reason"]
+
+
+def read_until_gone(number):
+    try:
+        return os.read(number, 65536)
+    except OSError:
+        return b""
