@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -24,6 +25,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_P
 def run_script(script, arguments, environment, directory, files):
     """In the new process: becomes `python SCRIPT ARGUMENTS...`, and writes what it says into two files. A script that is not of
     this checkout gets the modules that lie beside it."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the script itself listens, a few lines on
     os.chdir(directory)
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
