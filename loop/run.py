@@ -182,8 +182,9 @@ def headline(batches: Batches, state: State, ranks: Ranks) -> str:
 
 def finish(config: Config, plan: Plan, memory: Memory, log: RunLog, ranks: Ranks) -> None:
     """Prints the planned and the measured peak of memory and the run's directory, then disconnects the ranks."""
-    ranks.signals.listen_no_more()
-    log.say(plan.comparison(measured_gib(memory.most_bytes, ranks)))
+    measured = measured_gib(memory.most_bytes, ranks)  # waits for all ranks, so that the last checkpoint is written
+    ranks.signals.is_finished = True
+    log.say(plan.comparison(measured))
     log.say(f"finished: {config.run_dir}")
     record_exit(0, "finished")
     log.close()

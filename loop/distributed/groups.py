@@ -154,6 +154,7 @@ class Ranks(Place):
             self.stage_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
 
     def disconnect(self) -> None:
+        self.signals.listen_no_more()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -70,6 +70,7 @@ class Signals:
         self.updated: Any = None  # on a GPU, what the last update has recorded: it may still be computing
         self.watch, self.store, self.group = Watch(), None, None  # type: Watch, Any, dist.ProcessGroup | None
         self.stopped_at: float | None = None
+        self.is_finished = False  # whether all is saved that the run was to train
         self.lock = threading.Lock()
 
     def listen(self, watch: Watch) -> None:
@@ -147,6 +148,8 @@ class Signals:
             status: with which all ranks end.
         """
         with self.lock:
+            if self.is_finished:
+                end_process(status, lambda: f"stopped by {reason} when all was trained and saved", head="")
             if self.stopped_at is None:
                 self.stopped_at = time.monotonic()
                 threading.Thread(target=self.save_and_end, args=(reason, status), name="stop", daemon=True).start()
@@ -161,6 +164,8 @@ class Signals:
                 self.store.set(KEY, f"{status} {reason} on {self.watch.name}")
             said = self.save_last_step(unanswered)
         except Exception as error:
+            if self.is_finished:
+                os._exit(status)
             is_mine = isinstance(error, ValueError) or self.group is None  # such as a full disk
             self.give_up(reason, FOR_USER if isinstance(error, ValueError) else FAILED,
                          str(error) if is_mine else "another rank has ended or does not answer")
