@@ -106,7 +106,8 @@ def attach(process_id, log, kill_at=None, paths=(), threads=True):
         action = "signal=KILL" if kill_at.met is kill_at.call else f"delay_exit={HELD_S * 10**6}"
         command += ["-e", f"inject={kill_at.met.name}:{action}:when={kill_at.number}"]
     command += [part for path in paths for part in ("-P", path)]
-    tracer = subprocess.Popen([*command, "-p", str(process_id)], stderr=subprocess.PIPE, text=True)
+    # a copy, since other threads change the environment while this process forks
+    tracer = subprocess.Popen([*command, "-p", str(process_id)], stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     said = []
     while not said or "Requested path" in said[-1]:
         said.append(tracer.stderr.readline())
