@@ -1,11 +1,12 @@
 """Faults for tests/soak.py: what happens to a run while it runs, and to its files between two starts.
 
-A fault is a function of a case and of a random generator of its own; it returns what it did, in a few words. A new one, such as
-a link that is cut, is a function more in WHILE_RUNNING or BETWEEN_STARTS.
+A fault is a function of a case and of a random generator of its own; it returns what it did, in a few words. A new one is a
+function more in WHILE_RUNNING or BETWEEN_STARTS.
 """
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -37,8 +38,9 @@ class Case:
         self.run_dir, self.runs = place.run_dir(name), []
         self.did, self.wrong, self.spoiled = [], [], False
 
-    def start(self):
-        run = self.place.start(self.name, *self.setup.arguments, ranks=self.setup.ranks, script=self.setup.script)
+    def start(self, **environment):
+        run = self.place.start(self.name, *self.setup.arguments, ranks=self.setup.ranks, script=self.setup.script,
+                               environment=environment)
         self.runs.append(run)
         return run
 
@@ -140,6 +142,24 @@ def stop_one(case, rng):
     return f"rank {rank} {when}, {case.ended(run, ENDS_S)}"
 
 
+def cut_link(case, rng):
+    """Takes down the network through which the ranks talk: each waits in vain, and ends in the configured time."""
+    if case.setup.ranks == 1 or os.getuid() or not shutil.which("ip"):
+        return "not here: it needs two ranks, root, and iproute2"
+    name = f"soak-{os.getpid()}-{case.name}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        run = case.start(NETWORK_NAMESPACE=name, GLOO_SOCKET_IFNAME="lo")
+        when = case.wait_for_moment(run, rng)
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "down"], check=True)
+        said = case.ended(run, ENDS_S)
+        case.expect(run, {0, 1})
+        return f"{when}, {said}"
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
 def tell_to_stop(number, to_all, case, rng):
     """Sends SIGTERM or SIGINT, which a run answers by saving its last step."""
     run = case.start()
@@ -211,6 +231,7 @@ WHILE_RUNNING = {
     "SIGINT to all": lambda case, rng: tell_to_stop(signal.SIGINT, True, case, rng),
     "SIGINT to one": lambda case, rng: tell_to_stop(signal.SIGINT, False, case, rng),
     "full disk": fill_disk,
+    "cut link": cut_link,
 }
 BETWEEN_STARTS = {"flipped bit": flip_bit, "clock": move_clock}
 ALL = WHILE_RUNNING | BETWEEN_STARTS

@@ -4,6 +4,7 @@ They are forked from a server that has imported torch, transformers and the trai
 takes seconds of a core before it does anything. Tests of the launchers and of the literal commands do not use this.
 """
 
+import ctypes
 import multiprocessing
 import os
 import random
@@ -19,6 +20,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "pipeline_train", "loop.plan.__main__"])
+CLONE_NEWNET = 0x40000000
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -26,6 +28,9 @@ def run_script(script, arguments, environment, directory, files):
     """In the new process: becomes `python SCRIPT ARGUMENTS...`, and writes what it says into two files. A script that is not of
     this checkout gets the modules that lie beside it."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the script itself listens, a few lines on
+    if namespace := environment.get("NETWORK_NAMESPACE"):
+        handle = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+        assert ctypes.CDLL(None).setns(handle, CLONE_NEWNET) == 0
     os.chdir(directory)
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
