@@ -1,0 +1,208 @@
+"""Checks what a comment claims of the board: moves, places, checks, mates, captures and castling.
+Needs python-chess. One to three milliseconds a comment. A claim is flagged only if it is false in the position and after the move."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import chess
+
+from loop.review.words import ELSEWHERE, KINDS, PIECE, SIDE, SQUARE, Comment, Flag, Mention, Named, parsed
+
+SAYS_ILLEGAL = re.compile(r"\b(?:il)?legal\b|\bimpossible\b|\bnot possible\b|\bcannot\b|\bnot allowed\b|n['’]t\b", re.IGNORECASE)
+# Words right before a move that say it can be played at once. Plans for later are not among them.
+AT_ONCE = re.compile(r"\b(?:can|could|may|might|should|must|to)(?: now| simply| just| also| even| still| always)*"
+                     r"(?: (?:answer|reply|respond|meet it|play|take|capture|recapture))(?: with| by)? $"
+                     r"|\bthreat(?:ens|ening| is| of) $|\b(?:plays?|played|answers?|repl(?:y|ies)) (?:with )?$", re.IGNORECASE)
+LATER = re.compile(r"\b(?:if|then|next|later|soon|after\w*|once|when\w*|follow\w*|idea|plan\w*|prepar\w+|will|want\w*|eventually"
+                   r"|had|was|were|before|earlier|previous\w*|last|unless|until|without|hop\w+|dream\w*|line|variation)\b",
+                   re.IGNORECASE)
+CHECK = re.compile(r"\b(?:(?:gives|giving|is|['’]s|delivers|with) (?:an? )?(?:\w+ )?check(?! ?mate)\b|checks the (?:\w+ )?king\b"
+                   r"|check!)", re.IGNORECASE)
+IN_CHECK = re.compile(r"\b(?:is|stands|are) (?:now )?in check\b", re.IGNORECASE)
+OTHER_CHECK = re.compile(r"\b(?:discover\w*|uncover\w*|double|perpetual|keep|keeps|hold|holds)\b", re.IGNORECASE)
+MATE = re.compile(r"(?:\b(?:is|['’]s|gives|delivers|giving|delivering) (?:an? )?(?:\w+ )?(?:check)?mate\b|\bmates the (?:\w+ )?king\b)"
+                  r"(?! (?:in|next|threat))", re.IGNORECASE)
+NO_MATE = re.compile(r"\b(?:is not|isn['’]t|not) (?:a )?(?:check)?mate\b(?! (?:in|yet))", re.IGNORECASE)
+CAPTURE = re.compile(rf"\b(?P<verb>captures|takes|capturing|taking|snatches|grabs) (?:(?:the|an?|{SIDE}['’]s) )?(?P<adjective>[a-z-]+ )??"
+                     rf"(?:(?P<kind>{PIECE})\b(?: on (?P<where>{SQUARE})\b)?(?! (?:to|out|back|away|off|pair|majority|structure|ending"
+                     rf"|endgame|side|from|into)\b)(?!['’-])|on (?P<square>{SQUARE})\b)", re.IGNORECASE)
+SUBJECT = re.compile(rf"(?:^|\b)(?:(?P<side>{SIDE})(?!['’])|(?:the|an?|its|{SIDE}['’]s) (?:\w+ )?(?P<kind>{PIECE})(?! on)|(?P<it>it|this|that)) "
+                     r"(?:now |simply |just |also |then )?$", re.IGNORECASE)
+CASTLES = re.compile(rf"(?:\b(?P<side>{SIDE}) )?\bcastles(?: (?P<wing>kingside|queenside|short|long|on the (?:king|queen)side))?\b"
+                     r"(?! later)", re.IGNORECASE)
+
+
+def illegal_move(comment: Comment) -> Iterator[Flag]:
+    """A move that is illegal in the position, after the move, with the other side to move, and in every line named so far."""
+    reached: dict[int, list[chess.Board]] = {comment.ply: [comment.before], comment.ply + 1: [comment.after]}
+    line_holds = False
+    for named in comment.moves:
+        boards = [board for found in reached.values() for board in found]
+        fits = [(board, move) for board in boards if (move := parsed(board, named.san)) is not None]
+        if fits:
+            for board, move in fits[-4:]:
+                if move:   # the null move, where several fit, is false
+                    reached.setdefault(ply_of(board) + 1, []).append(pushed(board, move))
+            line_holds = True
+            continue
+        if any(parsed(turned(board), named.san) is not None for board in boards) or comment.about_other_move(named.start):
+            line_holds = False
+            continue
+        first, last = comment.sentence(named.start)
+        sentence, lead = comment.text[first:last], comment.text[first:named.start]
+        if not SAYS_ILLEGAL.search(sentence) and cannot_be_meant(comment, named, lead, line_holds):
+            yield comment.flag("illegal_move", named.start, named.end,
+                               f"{named.san} is legal neither before nor after {comment.san}")
+        line_holds = False
+
+
+def cannot_be_meant(comment: Comment, named: Named, lead: str, line_holds: bool) -> bool:
+    """Whether a move that fits no board is named as playable at once: as this turn, as the reply, or as a line's next move."""
+    if named.continues:
+        return line_holds
+    if named.ply is None:
+        return not named.dots and bool(AT_ONCE.search(lead)) and not LATER.search(lead)
+    if named.ply == comment.ply:
+        return True
+    if named.ply != comment.ply + 1:
+        return False
+    return not any(parsed(pushed(comment.before, move), named.san) is not None for move in comment.before.legal_moves)
+
+
+def ply_of(board: chess.Board) -> int:
+    return 2 * board.fullmove_number + (board.turn == chess.BLACK)
+
+
+def pushed(board: chess.Board, move: chess.Move) -> chess.Board:
+    after = board.copy(stack=False)
+    after.push(move)
+    after.clear_stack()
+    return after
+
+
+def turned(board: chess.Board) -> chess.Board:
+    """The same position with the other side to move, also where that leaves a king in check."""
+    other = board.copy(stack=False)
+    other.turn, other.ep_square = not board.turn, None
+    return other
+
+
+def holds(board: chess.Board, kind: int, square: int, side: bool | None = None) -> bool:
+    piece = board.piece_at(square)
+    return piece is not None and piece.piece_type == kind and side in (None, piece.color)
+
+
+def there(comment: Comment, mention: Mention) -> list[chess.Board]:
+    """The boards on which the mentioned piece stands."""
+    return [board for board in comment.boards if holds(board, mention.kind, mention.square, mention.side)]
+
+
+def wrong_square(comment: Comment) -> Iterator[Flag]:
+    """A piece named on a square where it stands neither before nor after the move."""
+    flagged = set()
+    for mention in comment.mentions:
+        lead = comment.text[comment.sentence(mention.start)[0]:mention.start].rstrip().lower()
+        uses = lead.endswith((" with", " by")) and re.search(r"\b(?:re)?(?:tak|captur)\w*\b|x[a-h][1-8]", lead)
+        if there(comment, mention) or not mention.definite or uses and lead.endswith(" with") and not stands_from(comment, mention) \
+                or mention.start in flagged or not comment.plain(mention.start, mention.end, ELSEWHERE):
+            continue
+        flagged.add(mention.start)
+        name = f"{chess.COLOR_NAMES[mention.side]} " if mention.side is not None else ""
+        yield comment.flag("wrong_square", mention.start, mention.end,
+                           f"no {name}{chess.piece_name(mention.kind)} on {chess.square_name(mention.square)}")
+
+
+def stands_from(comment: Comment, mention: Mention) -> bool:
+    """Whether "takes with the rook on a8" cannot mean a capture on a8: nothing that could be taken stands there."""
+    return all(board.piece_at(mention.square) is None for board in comment.boards)
+
+
+def false_check(comment: Comment) -> Iterator[Flag]:
+    """A check that this move does not give, or gives by another piece."""
+    checked = comment.after.is_check()
+    for named in comment.moves:
+        if named.mark == "+" and not checked and comment.is_played(named) and comment.plain(named.start, named.end):
+            yield comment.flag("false_check", named.start, named.end, f"{comment.san} gives no check")
+    for match in CHECK.finditer(comment.text):
+        if not comment.plain(*match.span()) or comment.before.is_check():
+            continue
+        first, last = comment.sentence(match.start())
+        if not checked:
+            yield comment.flag("false_check", *match.span(), f"{comment.san} gives no check")
+        elif not OTHER_CHECK.search(comment.text, first, last) and not match[0].lower().startswith(("with", "check!")):
+            kinds = {comment.after.piece_type_at(square) for square in comment.after.checkers()}
+            subject = subject_of(comment, match.start())
+            if isinstance(subject, int) and subject not in kinds:
+                yield comment.flag("false_check", *match.span(), f"the check comes from another piece than the {chess.piece_name(subject)}")
+    for match in IN_CHECK.finditer(comment.text):
+        if comment.plain(*match.span()) and not checked and not comment.before.is_check():
+            yield comment.flag("false_check", *match.span(), "no king is in check")
+
+
+def subject_of(comment: Comment, position: int) -> int | str | None:
+    """What the words before a verb name as its subject: a kind of piece, "White", "Black", "it", or None."""
+    first, _ = comment.sentence(position)
+    lead = comment.text[first:position]
+    placed = [mention for mention in comment.mentions if mention.end <= position and comment.text[mention.end:position].strip() == ""]
+    if placed:
+        return placed[-1].kind
+    match = SUBJECT.search(lead)
+    if not match:
+        return None
+    return KINDS[match["kind"].lower()] if match["kind"] else (match["side"] or match["it"]).capitalize()
+
+
+def false_mate(comment: Comment) -> Iterator[Flag]:
+    """A mate that is none, or a mate that is denied."""
+    mated = comment.after.is_checkmate()
+    for named in comment.moves:
+        if named.mark == "#" and not mated and comment.is_played(named) and comment.plain(named.start, named.end):
+            yield comment.flag("false_mate", named.start, named.end, f"{comment.san} is not mate")
+    for match in MATE.finditer(comment.text):
+        if not mated and comment.plain(*match.span()):
+            yield comment.flag("false_mate", *match.span(), f"{comment.san} is not mate")
+    for match in NO_MATE.finditer(comment.text):
+        if mated and comment.plain(*match.span()):
+            yield comment.flag("false_mate", *match.span(), f"{comment.san} is mate")
+
+
+def false_capture(comment: Comment) -> Iterator[Flag]:
+    """A capture, told as this move, of what it does not take."""
+    move, before = comment.move, comment.before
+    assert move is not None
+    takes = before.is_capture(move)
+    victim = chess.PAWN if before.is_en_passant(move) else before.piece_type_at(move.to_square) if takes else None
+    mover, us = before.piece_type_at(move.from_square), chess.COLOR_NAMES[before.turn].capitalize()
+    for match in CAPTURE.finditer(comment.text):
+        subject = subject_of(comment, match.start())
+        if not comment.plain(*match.span()) or isinstance(subject, str) and subject in ("White", "Black") and subject != us:
+            continue
+        square = match["where"] or match["square"]
+        elsewhere = square is not None and chess.parse_square(square.lower()) != move.to_square
+        passant = before.is_en_passant(move) and match["kind"] is not None
+        wrong = not takes or elsewhere and not passant or bool(match["kind"]) and KINDS[match["kind"].lower()] != victim
+        if wrong or isinstance(subject, int) and subject not in (mover, move.promotion) and square is not None:
+            did = f"takes a {chess.piece_name(victim)} on {chess.square_name(move.to_square)}" if victim else "takes nothing"
+            yield comment.flag("false_capture", *match.span(), f"{comment.san}, by a {chess.piece_name(mover or 0)}, {did}")
+
+
+def false_castling(comment: Comment) -> Iterator[Flag]:
+    """Castling that this move is not, or to the other side."""
+    before, after, move = comment.before, comment.after, comment.move
+    assert move is not None
+    for match in CASTLES.finditer(comment.text):
+        if not comment.plain(*match.span()):
+            continue
+        side = match["side"] and match["side"].lower() == "white"
+        if side is not None and side != before.turn:
+            wrong = not any(after.generate_castling_moves())    # else the opponent may castle next
+        elif not before.is_castling(move):
+            wrong = True
+        else:
+            wing = (match["wing"] or "").lower()
+            queenside = wing in ("queenside", "long") or "queen" in wing
+            wrong = bool(wing) and queenside != before.is_queenside_castling(move)
+        if wrong:
+            yield comment.flag("false_castling", *match.span(), f"the move is {comment.san}")

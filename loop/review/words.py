@@ -1,0 +1,219 @@
+"""Reads a coach's comment: its sentences, the moves and pieces that it names, and which words only suppose something.
+Needs python-chess. A fraction of a millisecond a comment; keeps a few boards of a hundred bytes each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import chess
+
+KINDS = {name: kind for kind, name in enumerate(chess.PIECE_NAMES) if name}
+PIECE = r"(?:pawn|knight|bishop|rook|queen|king)"
+SQUARE = r"[a-h][1-8]"
+SQUARES = rf"{SQUARE}(?:(?:, | and |, and | or ){SQUARE}\b)*"
+SIDE = r"(?:[Ww]hite|[Bb]lack)"
+# "the knight on f3", "White's pawns on d4 and e5", and the other way round: "the f7 pawn"
+MENTION = re.compile(rf"(?:\b(?P<det>the|its|his|her|their|your|our|this|that|both|an?|another|no|any|one|{SIDE}['’]s) )?"
+                     rf"(?P<adjective>(?:[a-z-]+ )??)(?:(?P<kind>{PIECE})s? (?:on|at) (?P<squares>{SQUARES})\b"
+                     rf"|(?P<square>{SQUARE})[- ](?P<kind2>{PIECE})\b(?! (?:break|push|advance|thrust|sac|lever|move|capture)))",
+                     re.IGNORECASE)
+SAN = (r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8](?:=?[QRBN])?|[a-h][18]=[QRBN]|[O0]-[O0](?:-[O0])?)"
+       r"(?:[+#])?(?![\w-])")
+PAWN_STEP = r"[a-h][1-8][+#]?(?![\w-])"     # a move only where a number or dots stand before; else it is a square
+MOVE = re.compile(rf"(?:(?<![\w.])(?P<number>\d{{1,3}}) ?(?P<dots>\.\.\.|…|\.(?!\.)) ?|(?P<bare>(?<!\.)\.\.\.|…) ?)"
+                  rf"(?P<numbered>{SAN}|{PAWN_STEP})|(?<![\w.-])(?P<plain>{SAN})")
+CONTINUES = re.compile(rf"[!?]{{0,2}},? +(?P<san>{SAN}|{PAWN_STEP})")
+SENTENCE_END = re.compile(r"(?<![ \d]\d)(?<!^\d)(?<!\.)[.!?…]+[\"')\]’”]*(?=\s+[^a-z\s]|\s*$)|\n+")
+CLAUSE_END = re.compile(r"[,;:.!?()—\n]| (?:and|but|because|since|so|while|yet|whereas)\b")
+LATE_CONDITION = re.compile(r"[,;—] *(?:if|when|after|once|unless|until|provided|should|as soon)\b")
+
+# Words after which a sentence need not be about this move on this board: conditions, negations, plans, the past, hearsay.
+HEDGE = re.compile(
+    r"\b(?:if|would|could|can|cannot|may|might|must|should|shall|will|threat\w*|next|later|soon|after\w*|once|when\w*|before"
+    r"|was|were|been|had|has|have|did|does|do|not|no|never|nor|neither|without|nothing|none|nobody|unless|until|instead|rather"
+    r"|almost|nearly|looks?|seems?|appears?|hop\w+|plan\w*|wants?|idea|prepar\w+|aim\w*|allow\w*|lets?|suppos\w+|imagin\w+"
+    r"|example|thinks?|thought|believes?|otherwise|then|eventually|ultimately|possib\w+|perhaps|maybe|missed|earlier|previous\w*"
+    r"|last|already|better|stronger|alternative\w*|avoid\w*|prevent\w*|stop\w*|avert\w*|dream\w*|ready|about|try\w*|tries|intend\w*"
+    r"|follow\w*|answer\w*|repl\w+|respond\w*|whether|how|any|every|always|usual\w*|often|typical\w*|sometimes|instance)\b"
+    r"|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\.", re.IGNORECASE)
+# Words that move pieces, so that what is named on a square may come there later or have stood there in the past.
+ELSEWHERE = re.compile(
+    r"\b(?:if|would|will|next|later|soon|after\w*|once|when\w*|before|was|were|been|had|has|have|did|took|gave|went|came|left"
+    r"|unless|until|instead|rather|hop\w+|plan\w*|wants?|idea|prepar\w+|suppos\w+|imagin\w+|example|then|eventually|ultimately"
+    r"|earlier|previous\w*|last|already|better|follow\w*|dream\w*|intend\w*|typical\w*|usual\w*|often|always|ever[yw]\w*"
+    r"|put\w*|plac\w+|bring\w*|get\w*|plant\w*|install\w*|land\w*|reach\w*|rerout\w+|rout\w+|post\w*|need\w*|transfer\w*"
+    r"|trad\w+|exchang\w+|swap\w*|captured|exchanged|recaptur\w+|retak\w+|regain\w*|retreat\w*|replac\w+|without|missing)\b"
+    r"|n['’]t\b|['’](?:ll|d)\b", re.IGNORECASE)
+
+
+class Flag(NamedTuple):
+    """What a check finds wrong: the check's name, where in the text, the words there, and why they cannot be right."""
+
+    check: str
+    start: int
+    end: int
+    quote: str
+    why: str
+
+
+class Mention(NamedTuple):
+    """A piece named on a square."""
+
+    start: int
+    end: int
+    kind: int
+    square: int
+    side: bool | None       # the colour in words, if it stands there
+    definite: bool          # "the knight", not "a knight"
+
+
+class Named(NamedTuple):
+    """A move named in the text."""
+
+    start: int
+    end: int
+    ply: int | None         # twice its number, one more for Black; None where no number is given or implied
+    dots: bool              # written as Black's move with dots and no number: "...Rc8"
+    san: str                # without check marks
+    mark: str               # "+", "#" or nothing
+    continues: bool         # stands right after another move, so that both are one line
+
+
+@dataclass(frozen=True)
+class Comment:
+    """A comment with all that checks need; what is read from it is read once.
+
+    Args:
+        text: the answer without its thought.
+        board: the position before the move; None where the row gives none. Then only checks of the text run.
+        move: the move that the comment is about, legal on `board`.
+        metadata: the row's.
+        at_limit: whether generation ended because the longest answer was reached.
+        trained_on: `normalized` texts of training rows.
+    """
+
+    text: str
+    board: chess.Board | None = None
+    move: chess.Move | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    at_limit: bool = False
+    trained_on: frozenset[str] = frozenset()
+
+    def flag(self, check: str, start: int, end: int, why: str) -> Flag:
+        return Flag(check, start, end, self.text[start:end], why)
+
+    @cached_property
+    def before(self) -> chess.Board:
+        assert self.board is not None
+        return self.board.copy(stack=False)
+
+    @cached_property
+    def after(self) -> chess.Board:
+        assert self.move is not None
+        after = self.before.copy(stack=False)
+        after.push(self.move)
+        after.clear_stack()
+        return after
+
+    @cached_property
+    def boards(self) -> tuple[chess.Board, chess.Board]:
+        return self.before, self.after
+
+    @cached_property
+    def san(self) -> str:
+        assert self.move is not None
+        return self.before.san(self.move).rstrip("+#")
+
+    @property
+    def ply(self) -> int:
+        return 2 * self.before.fullmove_number + (self.before.turn == chess.BLACK)
+
+    @cached_property
+    def sentences(self) -> list[tuple[int, int]]:
+        ends = [match.end() for match in SENTENCE_END.finditer(self.text)] + [len(self.text)]
+        starts = [0] + ends[:-1]
+        return [(start, end) for start, end in zip(starts, ends) if self.text[start:end].strip()]
+
+    @cached_property
+    def moves(self) -> list[Named]:
+        return list(named_moves(self.text))
+
+    @cached_property
+    def mentions(self) -> list[Mention]:
+        return list(piece_mentions(self.text))
+
+    def sentence(self, position: int) -> tuple[int, int]:
+        return next(((start, end) for start, end in self.sentences if start <= position < end), (0, len(self.text)))
+
+    def is_played(self, named: Named) -> bool:
+        """Whether a named move is the row's own."""
+        return named.ply in (None, self.ply) and (named.san in (self.san, self.san.replace("x", "")) or self.parses_to_played(named))
+
+    def parses_to_played(self, named: Named) -> bool:
+        return parsed(self.before, named.san) == self.move
+
+    def about_other_move(self, position: int) -> bool:
+        """Whether the paragraph begins with the number of another move: it comments on that one."""
+        start = self.text.rfind("\n", 0, position) + 1
+        lead = len(self.text[start:]) - len(self.text[start:].lstrip())
+        first = next((named for named in self.moves if named.start == start + lead), None)
+        return first is not None and first.ply is not None and first.ply != self.ply and start > 0
+
+    def plain(self, start: int, end: int, hedge: re.Pattern[str] = HEDGE) -> bool:
+        """Whether the words from `start` to `end` say something of this move on this board, and suppose nothing.
+
+        Looked at are the words from the sentence's begin to the clause's end, without the claim's own.
+        """
+        first, last = self.sentence(start)
+        stop = CLAUSE_END.search(self.text, end, last)
+        clause_end = stop.start() if stop else last
+        if self.text[first:last].rstrip(" \"')\n").endswith("?") or self.about_other_move(start):
+            return False
+        if stop and LATE_CONDITION.match(self.text, stop.start()):
+            return False
+        if hedge.search(self.text, first, start) or hedge.search(self.text, end, clause_end):
+            return False
+        return all(self.is_played(named) for named in self.moves if first <= named.start < clause_end)
+
+
+def parsed(board: chess.Board, san: str) -> chess.Move | None:
+    """The move that `san` names on `board`, read leniently; None if it is illegal there. The null move if several fit."""
+    san = san.replace("0", "O")
+    for spelled in (san, san + "=Q") if san[-1] in "18" and san[0] in "abcdefgh" else (san,):
+        try:
+            return board.parse_san(spelled)
+        except chess.AmbiguousMoveError:
+            return chess.Move.null()
+        except ValueError:
+            pass
+    return None
+
+
+def named_moves(text: str) -> Iterator[Named]:
+    """All moves of the text in order. A move right behind a numbered one gets the number that follows."""
+    position, ply = 0, None
+    while match := MOVE.search(text, position):
+        san = match["numbered"] or match["plain"]
+        black = bool(match["dots"] and match["dots"] != ".")
+        ply = 2 * int(match["number"]) + black if match["number"] else None
+        glued = position > 0 and re.fullmatch(r"[!?]{0,2},? *", text[position:match.start()]) is not None
+        yield Named(match.start(), match.end(), ply, bool(match["bare"]), san.rstrip("+#"), san[len(san.rstrip("+#")):], glued)
+        position = match.end()
+        while ply is not None and (more := CONTINUES.match(text, position)):
+            san, ply = more["san"], ply + 1
+            yield Named(more.start("san"), more.end(), ply, False, san.rstrip("+#"), san[len(san.rstrip("+#")):], True)
+            position = more.end()
+
+
+def piece_mentions(text: str) -> Iterator[Mention]:
+    for match in MENTION.finditer(text):
+        words = f"{match['det'] or ''} {match['adjective']}".lower()
+        side = True if "white" in words else False if "black" in words else None
+        definite = bool(match["det"]) and match["det"].lower() not in ("a", "an", "another", "no", "any", "one")
+        kind = KINDS[(match["kind"] or match["kind2"]).lower()]
+        for name in re.findall(SQUARE, (match["squares"] or match["square"]).lower()):
+            yield Mention(match.start(), match.end(), kind, chess.parse_square(name), side, definite)
