@@ -18,7 +18,7 @@ AT_ONCE = re.compile(r"\b(?:can|could|may|might|should|must|to)(?: now| simply| 
 LATER = re.compile(r"\b(?:if|then|next|later|soon|after\w*|once|when\w*|follow\w*|idea|plan\w*|prepar\w+|will|want\w*|eventually"
                    r"|had|was|were|before|earlier|previous\w*|last|unless|until|without|hop\w+|dream\w*|line|variation)\b",
                    re.IGNORECASE)
-CHECK = re.compile(r"\b(?:(?:gives|giving|is|['’]s|delivers|with) (?:an? )?(?:\w+ )?check(?! ?mate)\b|checks the (?:\w+ )?king\b"
+CHECK = re.compile(r"\b(?:(?:gives|giving|is|['’]s|delivers|with) (?:an? )?(?:(?!in )\w+ )?check(?! ?mate)\b|checks the (?:\w+ )?king\b"
                    r"|check!)", re.IGNORECASE)
 IN_CHECK = re.compile(r"\b(?:is|stands|are) (?:now )?in check\b", re.IGNORECASE)
 OTHER_CHECK = re.compile(r"\b(?:discover\w*|uncover\w*|double|perpetual|keep|keeps|hold|holds)\b", re.IGNORECASE)
@@ -27,9 +27,10 @@ MATE = re.compile(r"(?:\b(?:is|['’]s|gives|delivers|giving|delivering) (?:an? 
 NO_MATE = re.compile(r"\b(?:is not|isn['’]t|not) (?:a )?(?:check)?mate\b(?! (?:in|yet))", re.IGNORECASE)
 CAPTURE = re.compile(rf"\b(?P<verb>captures|takes|capturing|taking|snatches|grabs) (?:(?:the|an?|{SIDE}['’]s) )?(?P<adjective>[a-z-]+ )??"
                      rf"(?:(?P<kind>{PIECE})\b(?: on (?P<where>{SQUARE})\b)?(?! (?:to|out|back|away|off|pair|majority|structure|ending"
-                     rf"|endgame|side|from|into)\b)(?!['’-])|on (?P<square>{SQUARE})\b)", re.IGNORECASE)
+                     rf"|endgame|side|from|into)\b)(?!['’-])|(?:on )?(?P<square>{SQUARE})\b)", re.IGNORECASE)
 SUBJECT = re.compile(rf"(?:^|\b)(?:(?P<side>{SIDE})(?!['’])|(?:the|an?|its|{SIDE}['’]s) (?:\w+ )?(?P<kind>{PIECE})(?! on)|(?P<it>it|this|that)) "
                      r"(?:now |simply |just |also |then )?$", re.IGNORECASE)
+FIRST_SUBJECT = re.compile(rf"\s*(?P<side>(?!))?(?P<it>(?!))?(?:The|Its|{SIDE}['’]s) (?:\w+ )?(?P<kind>{PIECE})\b(?! on)")   # "The bishop goes to g5 and"
 CASTLES = re.compile(rf"(?:\b(?P<side>{SIDE}) )?\bcastles(?: (?P<wing>kingside|queenside|short|long|on the (?:king|queen)side))?\b"
                      r"(?! later)", re.IGNORECASE)
 
@@ -52,7 +53,8 @@ def illegal_move(comment: Comment) -> Iterator[Flag]:
             continue
         first, last = comment.sentence(named.start)
         sentence, lead = comment.text[first:last], comment.text[first:named.start]
-        if not SAYS_ILLEGAL.search(sentence) and cannot_be_meant(comment, named, lead, line_holds):
+        talked_down = sentence.rstrip().endswith("?") or SAYS_ILLEGAL.search(sentence)
+        if not talked_down and cannot_be_meant(comment, named, lead, line_holds):
             yield comment.flag("illegal_move", named.start, named.end,
                                f"{named.san} is legal neither before nor after {comment.san}")
         line_holds = False
@@ -148,7 +150,7 @@ def subject_of(comment: Comment, position: int) -> int | str | None:
     placed = [mention for mention in comment.mentions if mention.end <= position and comment.text[mention.end:position].strip() == ""]
     if placed:
         return placed[-1].kind
-    match = SUBJECT.search(lead)
+    match = SUBJECT.search(lead) or (FIRST_SUBJECT.match(lead) if lead.endswith(" and ") else None)
     if not match:
         return None
     return KINDS[match["kind"].lower()] if match["kind"] else (match["side"] or match["it"]).capitalize()

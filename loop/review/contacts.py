@@ -49,7 +49,10 @@ def named_behind(comment: Comment, position: int) -> list[Mention]:
 
 
 def named_ahead(comment: Comment, position: int) -> list[Mention]:
-    """The piece named right before `position`, with no more than "is now" between."""
+    """The piece named right before `position`, with no more than "is now" between, or first in a sentence up to its "and"."""
+    first, _ = comment.sentence(position)
+    if comment.text[first:position].endswith(" and "):
+        return [mention for mention in comment.mentions if first <= mention.start and not comment.text[first:mention.start].strip()]
     return [mention for mention in comment.mentions if mention.end <= position and IS.fullmatch(comment.text, mention.end, position)]
 
 
@@ -89,9 +92,12 @@ def holds_between(comment: Comment, contact: Contact, same_side: bool) -> bool:
     if not contact.targets:     # what is acted upon has no square: only that the actors stand there can be judged
         return all(there(comment, actor) for actor in contact.actors)
     if not contact.actors:
+        played = [named for named in comment.moves if 0 <= contact.start - named.end <= 1 and comment.is_played(named)]
+        boards = [comment.after] if played else comment.boards
         kinds = [subject] if isinstance(subject, int) else chess.PIECE_TYPES
-        return all(any(acts(board, start, target.square) for board in there(comment, target) for kind in kinds
-                       for color in chess.COLORS for start in board.pieces(kind, color)) for target in contact.targets)
+        return all(any(acts(board, start, target.square) for board in there(comment, target) if board in boards
+                       for kind in kinds for color in chess.COLORS for start in board.pieces(kind, color))
+                   for target in contact.targets)
     # every one of them, and each with a partner
     pairs = [(actor, target) for actor in contact.actors for target in contact.targets]
     return all(any(acts(board, actor.square, target.square) for board in there(comment, actor) if board in there(comment, target))

@@ -33,7 +33,7 @@ LATE_CONDITION = re.compile(r"[,;—] *(?:if|when|after|once|unless|until|provid
 
 # Words after which a sentence need not be about this move on this board: conditions, negations, plans, the past, hearsay.
 HEDGE = re.compile(
-    r"\b(?:if|would|could|can|cannot|may|might|must|should|shall|will|threat\w*|next|later|soon|after\w*|once|when\w*|before"
+    r"\b(?:if|would|could|can|cannot|may|might|must|should|shall|will|threat\w*|next|later|soon|after\w*|(?<!at )once|when\w*|before"
     r"|was|were|been|had|has|have|did|does|do|not|no|never|nor|neither|without|nothing|none|nobody|unless|until|instead|rather"
     r"|almost|nearly|looks?|seems?|appears?|hop\w+|plan\w*|wants?|idea|prepar\w+|aim\w*|allow\w*|lets?|suppos\w+|imagin\w+"
     r"|example|thinks?|thought|believes?|otherwise|then|eventually|ultimately|possib\w+|perhaps|maybe|missed|earlier|previous\w*"
@@ -42,7 +42,7 @@ HEDGE = re.compile(
     r"|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\.", re.IGNORECASE)
 # Words that move pieces, so that what is named on a square may come there later or have stood there in the past.
 ELSEWHERE = re.compile(
-    r"\b(?:if|would|will|next|later|soon|after\w*|once|when\w*|before|was|were|been|had|has|have|did|took|gave|went|came|left"
+    r"\b(?:if|would|will|next|later|soon|after\w*|once|when\w*|before|was|were|been|had|took|gave|went|came|left"
     r"|unless|until|instead|rather|hop\w+|plan\w*|wants?|idea|prepar\w+|suppos\w+|imagin\w+|example|then|eventually|ultimately"
     r"|earlier|previous\w*|last|already|better|follow\w*|dream\w*|intend\w*|typical\w*|usual\w*|often|always|ever[yw]\w*"
     r"|put\w*|plac\w+|bring\w*|get\w*|plant\w*|install\w*|land\w*|reach\w*|rerout\w+|rout\w+|post\w*|need\w*|transfer\w*"
