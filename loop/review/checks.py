@@ -32,6 +32,7 @@ OPEN = re.compile(r"(?:[,;:(—-]|\b(?:an?|the|and|or|but|of|for|with|to|by|on|a
                   r"|because|if|then|when|while|its|his|their|[Ww]hite['’]s|[Bb]lack['’]s))$")
 MOVE_AT_END = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8]|\.[a-h][1-8]|O-O(?:-O)?)(?:=[QRBN])?[+#]?$")
 INFORMAL = ("forum", "engine")      # sources whose references end without a full stop
+MAX_PERIOD = 30                     # words; what is said again may be this long
 MIN_COPIED_WORDS = 8                # shorter comments, such as "White castles kingside.", may be equal by chance
 
 GOOD = frozenset(("best", "excellent", "good", "great", "brilliant", "book", "forced"))
@@ -121,19 +122,16 @@ def cut_off(comment: Comment) -> Iterator[Flag]:
 
 def repetition(comment: Comment) -> Iterator[Flag]:
     """The same sentence or the same run of words again and again."""
-    words = [(match[0].lower(), match.start(), match.end()) for match in WORD.finditer(comment.text)]
-    position = 0
-    while position < len(words):
-        for period in range(1, 31):
-            same = position
-            while same + period < len(words) and words[same][0] == words[same + period][0]:
-                same += 1
-            repeated = same - position                              # words that equal the word one period later
+    found = list(WORD.finditer(comment.text))
+    words = [match[0].lower() for match in found]
+    for period in range(1, MAX_PERIOD + 1):
+        repeated = 0                        # words in a row that equal the word one period later
+        for i, (word, again) in enumerate(zip(words, words[period:])):
+            repeated = repeated + 1 if word == again else 0
             if repeated >= max(2 * period, 4) or repeated >= period >= 6:
-                start, end = words[position][1], words[same + period - 1][2]
+                start, end = found[i + 1 - repeated].start(), found[i + period].end()
                 yield comment.flag("repetition", start, end, f"{period} words again and again")
                 return
-        position += 1
 
 
 def copied(comment: Comment) -> Iterator[Flag]:

@@ -35,29 +35,33 @@ CASTLES = re.compile(rf"(?:\b(?P<side>{SIDE}) )?\bcastles(?: (?P<wing>kingside|q
                      r"(?! later)", re.IGNORECASE)
 
 
+MAX_BOARDS = 48     # of lines named in one comment; beyond, moves are let pass
+
+
 def illegal_move(comment: Comment) -> Iterator[Flag]:
     """A move that is illegal in the position, after the move, with the other side to move, and in every line named so far."""
-    reached: dict[int, list[chess.Board]] = {comment.ply: [comment.before], comment.ply + 1: [comment.after]}
+    boards = [comment.before, comment.after]
     line_holds = False
     for named in comment.moves:
-        boards = [board for found in reached.values() for board in found]
+        if comment.about_other_move(named.start):
+            continue
         fits = [(board, move) for board in boards if (move := parsed(board, named.san)) is not None]
         if fits:
-            for board, move in fits[-4:]:
-                if move:   # the null move, where several fit, is false
-                    reached.setdefault(ply_of(board) + 1, []).append(pushed(board, move))
+            # the null move, where several fit, is false
+            boards += [pushed(board, move) for board, move in fits[-4:] if move]
             line_holds = True
-            continue
-        if any(parsed(turned(board), named.san) is not None for board in boards) or comment.about_other_move(named.start):
+        elif len(boards) > MAX_BOARDS:
+            return
+        elif any(parsed(turned(board), named.san) is not None for board in boards):
             line_holds = False
-            continue
-        first, last = comment.sentence(named.start)
-        sentence, lead = comment.text[first:last], comment.text[first:named.start]
-        talked_down = sentence.rstrip().endswith("?") or SAYS_ILLEGAL.search(sentence)
-        if not talked_down and cannot_be_meant(comment, named, lead, line_holds):
-            yield comment.flag("illegal_move", named.start, named.end,
-                               f"{named.san} is legal neither before nor after {comment.san}")
-        line_holds = False
+        else:
+            first, last = comment.sentence(named.start)
+            sentence, lead = comment.text[first:last], comment.text[first:named.start]
+            talked_down = sentence.rstrip().endswith("?") or SAYS_ILLEGAL.search(sentence)
+            if not talked_down and cannot_be_meant(comment, named, lead, line_holds):
+                yield comment.flag("illegal_move", named.start, named.end,
+                                   f"{named.san} is legal neither before nor after {comment.san}")
+            line_holds = False
 
 
 def cannot_be_meant(comment: Comment, named: Named, lead: str, line_holds: bool) -> bool:
@@ -71,10 +75,6 @@ def cannot_be_meant(comment: Comment, named: Named, lead: str, line_holds: bool)
     if named.ply != comment.ply + 1:
         return False
     return not any(parsed(pushed(comment.before, move), named.san) is not None for move in comment.before.legal_moves)
-
-
-def ply_of(board: chess.Board) -> int:
-    return 2 * board.fullmove_number + (board.turn == chess.BLACK)
 
 
 def pushed(board: chess.Board, move: chess.Move) -> chess.Board:
