@@ -17,6 +17,7 @@ import chess
 
 from loop.review.claims import false_capture, false_castling, false_check, false_mate, illegal_move, wrong_square
 from loop.review.contacts import false_attack, false_defence, false_undefended
+from loop.review.strength import contradicts_classification, contradicts_loss
 from loop.review.words import Comment, Flag, parsed
 
 FEN = re.compile(r"\bFEN: *(?P<fen>[1-8pnbrqkPNBRQK]{1,8}(?:/[1-8pnbrqkPNBRQK]{1,8}){7} [wb] (?:-|[KQkqA-Ha-h]{1,4}) (?:-|[a-h][36])"
@@ -34,17 +35,6 @@ MOVE_AT_END = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8]|\
 INFORMAL = ("forum", "engine")      # sources whose references end without a full stop
 MAX_PERIOD = 30                     # words; what is said again may be this long
 MIN_COPIED_WORDS = 8                # shorter comments, such as "White castles kingside.", may be equal by chance
-
-GOOD = frozenset(("best", "excellent", "good", "great", "brilliant", "book", "forced"))
-BAD = frozenset(("mistake", "blunder", "miss"))
-# metadata of a row that hold an engine's verdict: the class of the move, and by how many centipawns it is worse than the best
-LABEL_KEYS, LOSS_KEYS = ("classification",), ("cp_loss", "centipawn_loss")
-SMALL_LOSS, LARGE_LOSS = 30, 250    # centipawns; what lies between contradicts nothing
-OPENS = r"(?:^|[.!,;:] ?|\b(?:is|was|['’]s|it['’]s|this is|that is) )(?:really |simply |clearly |just )?"
-BLAMES = re.compile(rf"{OPENS}(?P<words>(?:an? |the )?(?:\w+ )?(?:blunder|mistake|error))\b(?! (?:by|of) )", re.IGNORECASE | re.MULTILINE)
-PRAISES = re.compile(rf"{OPENS}(?P<words>(?:(?:the |an? )(?:absolutely |very |really )?(?:best|strongest|excellent|brilliant|superb|perfect|great|fine"
-                     r"|correct|accurate|precise)(?: and \w+)? (?:\w+ )?(?:moves?|choice|reply|retreat|decision)))\b", re.IGNORECASE | re.MULTILINE)
-TURNS = re.compile(r"\b(?:not?|n['’]t|would|could|was it|instead|avoid\w*|than|almost|if|opponent\w*|previous|last|earlier)\b", re.IGNORECASE)
 
 
 def normalized(text: str) -> str:
@@ -139,34 +129,6 @@ def copied(comment: Comment) -> Iterator[Flag]:
     text = normalized(comment.text)
     if text in comment.trained_on and text.count(" ") + 1 >= MIN_COPIED_WORDS:
         yield comment.flag("copied", 0, len(comment.text), "equals the answer of a training row")
-
-
-def verdicts(comment: Comment, pattern: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """Where the comment blames or praises its own move."""
-    for match in pattern.finditer(comment.text):
-        first, _ = comment.sentence(match.start("words"))
-        foreign = comment.board is not None and any(
-            not comment.is_played(named) for named in comment.moves if first <= named.start < match.end())
-        if not foreign and not TURNS.search(comment.text, first, match.start("words")) \
-                and "?" not in comment.text[match.end():match.end() + 2]:
-            yield match.span("words")
-
-
-def contradicts_classification(comment: Comment) -> Iterator[Flag]:
-    """Blame for a move that the row calls good, praise for one that it calls a mistake."""
-    for key in LABEL_KEYS:
-        label = str(comment.metadata.get(key, "")).strip().lower()
-        for start, end in verdicts(comment, BLAMES) if label in GOOD else verdicts(comment, PRAISES) if label in BAD else ():
-            yield comment.flag("contradicts_classification", start, end, f"the row's {key} is {label}")
-
-
-def contradicts_loss(comment: Comment) -> Iterator[Flag]:
-    """Blame or praise against the loss in centipawns that the row's engine found."""
-    for key in LOSS_KEYS:
-        loss = comment.metadata.get(key)
-        if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-            for start, end in verdicts(comment, BLAMES) if loss <= SMALL_LOSS else verdicts(comment, PRAISES) if loss >= LARGE_LOSS else ():
-                yield comment.flag("contradicts_loss", start, end, f"the row's {key} is {loss}")
 
 
 Check = Callable[[Comment], Iterator[Flag]]
