@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import chess
 
-from loop.review.words import ELSEWHERE, KINDS, PIECE, SIDE, SQUARE, Comment, Flag, Mention, Named, parsed
+from loop.review.words import ELSEWHERE, KINDS, PIECE, SIDE, SQUARE, Comment, Flag, Mention, Named, parsed, pushed, turned
 
 SAYS_ILLEGAL = re.compile(r"\b(?:il)?legal\b|\bimpossible\b|\bnot possible\b|\bcannot\b|\bnot allowed\b|n['’]t\b", re.IGNORECASE)
 # Words right before a move that say it can be played at once. Plans for later are not among them.
@@ -18,7 +18,7 @@ AT_ONCE = re.compile(r"\b(?:can|could|may|might|should|must|to)(?: now| simply| 
 LATER = re.compile(r"\b(?:if|then|next|later|soon|after\w*|once|when\w*|follow\w*|idea|plan\w*|prepar\w+|will|want\w*|eventually"
                    r"|had|was|were|before|earlier|previous\w*|last|unless|until|without|hop\w+|dream\w*|line|variation)\b",
                    re.IGNORECASE)
-CHECK = re.compile(r"\b(?:(?:gives|giving|is|['’]s|delivers|with) (?:an? )?(?:(?!in )\w+ )?check(?! ?mate)\b|checks the (?:\w+ )?king\b"
+CHECK = re.compile(r"\b(?:(?:gives|giving|is|['’]s|delivers|with) (?:an? )?(?:(?!(?:in|not|no|never|hardly|almost|only) )\w+ )?check\b(?![ -]?mate| away| next)|checks the (?:\w+ )?king\b"
                    r"|check!)", re.IGNORECASE)
 IN_CHECK = re.compile(r"\b(?:is|stands|are) (?:now )?in check\b", re.IGNORECASE)
 OTHER_CHECK = re.compile(r"\b(?:discover\w*|uncover\w*|double|perpetual|keep|keeps|hold|holds)\b", re.IGNORECASE)
@@ -26,42 +26,24 @@ MATE = re.compile(r"(?:\b(?:is|['’]s|gives|delivers|giving|delivering) (?:an? 
                   r"(?! (?:in|next|threat))", re.IGNORECASE)
 NO_MATE = re.compile(r"\b(?:is not|isn['’]t|not) (?:a )?(?:check)?mate\b(?! (?:in|yet))", re.IGNORECASE)
 CAPTURE = re.compile(rf"\b(?P<verb>captures|takes|capturing|taking|snatches|grabs) (?:(?:the|an?|{SIDE}['’]s) )?(?P<adjective>[a-z-]+ )??"
-                     rf"(?:(?P<kind>{PIECE})\b(?: on (?P<where>{SQUARE})\b)?(?! (?:to|out|back|away|off|pair|majority|structure|ending"
+                     rf"(?:(?P<kind>{PIECE})\b(?: on (?P<where>{SQUARE})\b)?(?! (?:to|out|back|away|off|on|under|closer|further|onto|towards?|one|pair|majority|structure|ending"
                      rf"|endgame|side|from|into)\b)(?!['’-])|(?:on )?(?P<square>{SQUARE})\b)", re.IGNORECASE)
 SUBJECT = re.compile(rf"(?:^|\b)(?:(?P<side>{SIDE})(?!['’])|(?:the|an?|its|{SIDE}['’]s) (?:\w+ )?(?P<kind>{PIECE})(?! on)|(?P<it>it|this|that)) "
                      r"(?:now |simply |just |also |then )?$", re.IGNORECASE)
 FIRST_SUBJECT = re.compile(rf"\s*(?P<side>(?!))?(?P<it>(?!))?(?:The|Its|{SIDE}['’]s) (?:\w+ )?(?P<kind>{PIECE})\b(?! on)")   # "The bishop goes to g5 and"
 CASTLES = re.compile(rf"(?:\b(?P<side>{SIDE}) )?\bcastles(?: (?P<wing>kingside|queenside|short|long|on the (?:king|queen)side))?\b"
-                     r"(?! later)", re.IGNORECASE)
-
-
-MAX_BOARDS = 48     # of lines named in one comment; beyond, moves are let pass
+                     r"(?! later| by hand| artificially)", re.IGNORECASE)
 
 
 def illegal_move(comment: Comment) -> Iterator[Flag]:
     """A move that is illegal in the position, after the move, with the other side to move, and in every line named so far."""
-    boards = [comment.before, comment.after]
-    line_holds = False
-    for named in comment.moves:
-        if comment.about_other_move(named.start):
-            continue
-        fits = [(board, move) for board in boards if (move := parsed(board, named.san)) is not None]
-        if fits:
-            # the null move, where several fit, is false
-            boards += [pushed(board, move) for board, move in fits[-4:] if move]
-            line_holds = True
-        elif len(boards) > MAX_BOARDS:
-            return
-        elif any(parsed(turned(board), named.san) is not None for board in boards):
-            line_holds = False
-        else:
-            first, last = comment.sentence(named.start)
-            sentence, lead = comment.text[first:last], comment.text[first:named.start]
-            talked_down = sentence.rstrip().endswith("?") or SAYS_ILLEGAL.search(sentence)
-            if not talked_down and cannot_be_meant(comment, named, lead, line_holds):
-                yield comment.flag("illegal_move", named.start, named.end,
-                                   f"{named.san} is legal neither before nor after {comment.san}")
-            line_holds = False
+    for named, line_holds in comment.read_lines[1]:
+        first, last = comment.sentence(named.start)
+        sentence, lead = comment.text[first:last], comment.text[first:named.start]
+        talked_down = sentence.rstrip().endswith("?") or SAYS_ILLEGAL.search(sentence)
+        if not talked_down and cannot_be_meant(comment, named, lead, line_holds):
+            yield comment.flag("illegal_move", named.start, named.end,
+                               f"{named.san} is legal neither before nor after {comment.san}")
 
 
 def cannot_be_meant(comment: Comment, named: Named, lead: str, line_holds: bool) -> bool:
@@ -77,48 +59,39 @@ def cannot_be_meant(comment: Comment, named: Named, lead: str, line_holds: bool)
     return not any(parsed(pushed(comment.before, move), named.san) is not None for move in comment.before.legal_moves)
 
 
-def pushed(board: chess.Board, move: chess.Move) -> chess.Board:
-    after = board.copy(stack=False)
-    after.push(move)
-    after.clear_stack()
-    return after
-
-
-def turned(board: chess.Board) -> chess.Board:
-    """The same position with the other side to move, also where that leaves a king in check."""
-    other = board.copy(stack=False)
-    other.turn, other.ep_square = not board.turn, None
-    return other
-
-
 def holds(board: chess.Board, kind: int, square: int, side: bool | None = None) -> bool:
     piece = board.piece_at(square)
     return piece is not None and piece.piece_type == kind and side in (None, piece.color)
 
 
 def there(comment: Comment, mention: Mention) -> list[chess.Board]:
-    """The boards on which the mentioned piece stands."""
-    return [board for board in comment.boards if holds(board, mention.kind, mention.square, mention.side)]
+    """The boards on which the mentioned piece stands: before and after the move, and those of lines named so far."""
+    return [board for board in (*comment.boards, *comment.reached_before(mention.start))
+            if holds(board, mention.kind, mention.square, mention.side)]
+
+
+def can_come(board: chess.Board, mention: Mention) -> bool:
+    """Whether the mentioned piece can be on its square after one move of either side."""
+    to = chess.BB_SQUARES[mention.square]
+    return any(True for turn in (board, turned(board))
+               for _ in turn.generate_legal_moves(turn.pieces_mask(mention.kind, turn.turn), to))
 
 
 def wrong_square(comment: Comment) -> Iterator[Flag]:
     """A piece named on a square where it stands neither before nor after the move."""
     flagged = set()
     for mention in comment.mentions:
-        lead = comment.text[comment.sentence(mention.start)[0]:mention.start].rstrip().lower()
-        uses = lead.endswith((" with", " by")) and re.search(r"\b(?:re)?(?:tak|captur)\w*\b|x[a-h][1-8]", lead)
-        if there(comment, mention) or not mention.definite or uses and lead.endswith(" with") and not stands_from(comment, mention) \
-                or mention.start in flagged or not comment.plain(mention.start, mention.end, ELSEWHERE):
+        if mention.start in flagged or not mention.definite or there(comment, mention) \
+                or not comment.plain(mention.start, mention.end, ELSEWHERE):
+            continue
+        # "takes with the rook on d8" may mean a move to d8, and so may what follows a line
+        comes = list(comment.boards) if comment.text[:mention.start].endswith("with ") else []
+        if any(can_come(board, mention) for board in comes + comment.reached_before(mention.start)):
             continue
         flagged.add(mention.start)
         name = f"{chess.COLOR_NAMES[mention.side]} " if mention.side is not None else ""
         yield comment.flag("wrong_square", mention.start, mention.end,
                            f"no {name}{chess.piece_name(mention.kind)} on {chess.square_name(mention.square)}")
-
-
-def stands_from(comment: Comment, mention: Mention) -> bool:
-    """Whether "takes with the rook on a8" cannot mean a capture on a8: nothing that could be taken stands there."""
-    return all(board.piece_at(mention.square) is None for board in comment.boards)
 
 
 def false_check(comment: Comment) -> Iterator[Flag]:
@@ -153,7 +126,12 @@ def subject_of(comment: Comment, position: int) -> int | str | None:
     match = SUBJECT.search(lead) or (FIRST_SUBJECT.match(lead) if lead.endswith(" and ") else None)
     if not match:
         return None
-    return KINDS[match["kind"].lower()] if match["kind"] else (match["side"] or match["it"]).capitalize()
+    if not match["kind"]:
+        return str(match["side"] or match["it"]).capitalize()
+    kind = KINDS[match["kind"].lower()]
+    assert comment.move is not None
+    turns_into_other = kind == chess.PAWN and comment.move.promotion or kind == chess.KING and comment.before.is_castling(comment.move)
+    return None if turns_into_other else kind
 
 
 def false_mate(comment: Comment) -> Iterator[Flag]:
@@ -182,12 +160,24 @@ def false_capture(comment: Comment) -> Iterator[Flag]:
         if not comment.plain(*match.span()) or isinstance(subject, str) and subject in ("White", "Black") and subject != us:
             continue
         square = match["where"] or match["square"]
+        kind = KINDS[match["kind"].lower()] if match["kind"] else None
+        if subject != us and is_reply(comment, subject, kind, square):
+            continue
         elsewhere = square is not None and chess.parse_square(square.lower()) != move.to_square
-        passant = before.is_en_passant(move) and match["kind"] is not None
-        wrong = not takes or elsewhere and not passant or bool(match["kind"]) and KINDS[match["kind"].lower()] != victim
+        passant = before.is_en_passant(move) and kind is not None
+        wrong = not takes or elsewhere and not passant or kind not in (None, victim)
         if wrong or isinstance(subject, int) and subject not in (mover, move.promotion) and square is not None:
             did = f"takes a {chess.piece_name(victim)} on {chess.square_name(move.to_square)}" if victim else "takes nothing"
             yield comment.flag("false_capture", *match.span(), f"{comment.san}, by a {chess.piece_name(mover or 0)}, {did}")
+
+
+def is_reply(comment: Comment, subject: int | str | None, kind: int | None, square: str | None) -> bool:
+    """Whether a capture that is told can be the opponent's answer."""
+    after = comment.after
+    return any((kind is None or after.piece_type_at(move.to_square) == kind)
+               and (square is None or move.to_square == chess.parse_square(square.lower()))
+               and (not isinstance(subject, int) or after.piece_type_at(move.from_square) == subject)
+               for move in after.generate_legal_captures())
 
 
 def false_castling(comment: Comment) -> Iterator[Flag]:

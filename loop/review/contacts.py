@@ -93,15 +93,25 @@ def holds_between(comment: Comment, contact: Contact, same_side: bool) -> bool:
         return all(there(comment, actor) for actor in contact.actors)
     if not contact.actors:
         played = [named for named in comment.moves if 0 <= contact.start - named.end <= 1 and comment.is_played(named)]
-        boards = [comment.after] if played else comment.boards
+        boards = [comment.after] if played else [*comment.boards, *comment.reached_before(contact.start)]
         kinds = [subject] if isinstance(subject, int) else chess.PIECE_TYPES
         return all(any(acts(board, start, target.square) for board in there(comment, target) if board in boards
                        for kind in kinds for color in chess.COLORS for start in board.pieces(kind, color))
                    for target in contact.targets)
-    # every one of them, and each with a partner
-    pairs = [(actor, target) for actor in contact.actors for target in contact.targets]
-    return all(any(acts(board, actor.square, target.square) for board in there(comment, actor) if board in there(comment, target))
-               for actor, target in pairs)
+    return all(any(acts(board, start, target.square) for board, start in places(comment, actor) if board in there(comment, target))
+               for actor in contact.actors for target in contact.targets)
+
+
+def places(comment: Comment, actor: Mention) -> list[tuple[chess.Board, int]]:
+    """Where the named piece stands; a piece named on the square it left also acts from where it went."""
+    move = comment.move
+    assert move is not None
+    found = [(board, actor.square) for board in there(comment, actor)]
+    if actor.square == move.from_square:
+        found.append((comment.after, move.to_square))
+    elif comment.before.is_castling(move) and actor.kind == chess.ROOK:
+        found += [(comment.after, square) for square in comment.after.pieces(chess.ROOK, comment.before.turn)]
+    return found
 
 
 def false_contacts(comment: Comment, name: str, active: re.Pattern[str], passive: re.Pattern[str]) -> Iterator[Flag]:

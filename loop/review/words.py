@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import chess
 
+MAX_BOARDS = 48     # of lines followed in one comment; where there are more, moves are let pass
 KINDS = {name: kind for kind, name in enumerate(chess.PIECE_NAMES) if name}
 PIECE = r"(?:pawn|knight|bishop|rook|queen|king)"
 SQUARE = r"[a-h][1-8]"
@@ -115,10 +116,7 @@ class Comment:
     @cached_property
     def after(self) -> chess.Board:
         assert self.move is not None
-        after = self.before.copy(stack=False)
-        after.push(self.move)
-        after.clear_stack()
-        return after
+        return pushed(self.before, self.move)
 
     @cached_property
     def boards(self) -> tuple[chess.Board, chess.Board]:
@@ -131,7 +129,7 @@ class Comment:
 
     @property
     def ply(self) -> int:
-        return 2 * self.before.fullmove_number + (self.before.turn == chess.BLACK)
+        return ply_of(self.before)
 
     @cached_property
     def sentences(self) -> list[tuple[int, int]]:
@@ -142,6 +140,34 @@ class Comment:
     @cached_property
     def moves(self) -> list[Named]:
         return list(named_moves(self.text))
+
+    @cached_property
+    def read_lines(self) -> tuple[list[tuple[int, chess.Board]], list[tuple[Named, bool]]]:
+        """Follows the moves named, each from every board where it is legal.
+
+        Returns:
+            the boards reached with where in the text they are, and the moves that fit no board, each with whether the move
+            right before it was the line's own at its number.
+        """
+        reached: list[tuple[int, chess.Board]] = []
+        misfits: list[tuple[Named, bool]] = []
+        line_holds = False
+        for named in self.moves:
+            if self.about_other_move(named.start):
+                continue
+            boards = [self.before, self.after, *(board for _, board in reached)]
+            fits = [(board, move) for board in boards if (move := parsed(board, named.san)) is not None]
+            if not fits and len(boards) > MAX_BOARDS:
+                break
+            if not fits and not any(parsed(turned(board), named.san) is not None for board in boards):
+                misfits.append((named, line_holds))
+            # the null move, where several fit, is false
+            reached += [(named.end, pushed(board, move)) for board, move in fits[-4:] if move]
+            line_holds = any(ply_of(board) == named.ply for board, _ in fits)
+        return reached, misfits
+
+    def reached_before(self, position: int) -> list[chess.Board]:
+        return [board for end, board in self.read_lines[0] if end <= position]
 
     @cached_property
     def mentions(self) -> list[Mention]:
@@ -178,7 +204,9 @@ class Comment:
             return False
         if hedge.search(self.text, first, start) or hedge.search(self.text, end, clause_end):
             return False
-        return all(self.is_played(named) for named in self.moves if first <= named.start < clause_end)
+        # a sentence that follows a line may still be about it
+        since = first if hedge is not HEDGE or first == 0 else self.sentence(first - 1)[0]
+        return all(self.is_played(named) for named in self.moves if since <= named.start < clause_end)
 
 
 def parsed(board: chess.Board, san: str) -> chess.Move | None:
@@ -204,6 +232,24 @@ def parsed(board: chess.Board, san: str) -> chess.Move | None:
     moves = [move for move in board.generate_legal_moves(mask, chess.BB_SQUARES[to])
              if move.promotion == promotion or promotion is None and move.promotion == chess.QUEEN]
     return moves[0] if len(moves) == 1 else chess.Move.null() if moves else None
+
+
+def pushed(board: chess.Board, move: chess.Move) -> chess.Board:
+    after = board.copy(stack=False)
+    after.push(move)
+    after.clear_stack()
+    return after
+
+
+def turned(board: chess.Board) -> chess.Board:
+    """The same position with the other side to move, also where that leaves a king in check."""
+    other = board.copy(stack=False)
+    other.turn, other.ep_square = not board.turn, None
+    return other
+
+
+def ply_of(board: chess.Board) -> int:
+    return 2 * board.fullmove_number + (board.turn == chess.BLACK)
 
 
 def named_moves(text: str) -> Iterator[Named]:
