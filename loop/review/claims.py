@@ -18,6 +18,7 @@ AT_ONCE = re.compile(r"\b(?:can|could|may|might|should|must|to)(?: now| simply| 
 LATER = re.compile(r"\b(?:if|then|next|later|soon|after\w*|once|when\w*|follow\w*|idea|plan\w*|prepar\w+|will|want\w*|eventually"
                    r"|had|was|were|before|earlier|previous\w*|last|unless|until|without|hop\w+|dream\w*|line|variation)\b",
                    re.IGNORECASE)
+MAY_COME = re.compile(r"\b(?:with|wins?|takes?|captures?|traps?|loses?|picks up|interpos\w+|blocks?) $", re.IGNORECASE)
 CHECK = re.compile(r"\b(?:(?:gives|giving|is|['’]s|delivers|with) (?:an? )?(?:(?!(?:in|not|no|never|hardly|almost|only) )\w+ )?check\b(?![ -]?mate| away| next)|checks the (?:\w+ )?king\b"
                    r"|check!)", re.IGNORECASE)
 IN_CHECK = re.compile(r"\b(?:is|stands|are) (?:now )?in check\b", re.IGNORECASE)
@@ -84,8 +85,8 @@ def wrong_square(comment: Comment) -> Iterator[Flag]:
         if mention.start in flagged or not mention.definite or there(comment, mention) \
                 or not comment.plain(mention.start, mention.end, ELSEWHERE):
             continue
-        # "takes with the rook on d8" may mean a move to d8, and so may what follows a line
-        comes = list(comment.boards) if comment.text[:mention.start].endswith("with ") else []
+        # "takes with the rook on d8" may mean a move to d8, "wins the queen on d8" may come after one; and so may what follows a line
+        comes = list(comment.boards) if MAY_COME.search(comment.text, 0, mention.start) else []
         if any(can_come(board, mention) for board in comes + comment.reached_before(mention.start)):
             continue
         flagged.add(mention.start)
@@ -173,11 +174,15 @@ def false_capture(comment: Comment) -> Iterator[Flag]:
 
 def is_reply(comment: Comment, subject: int | str | None, kind: int | None, square: str | None) -> bool:
     """Whether a capture that is told can be the opponent's answer."""
-    after = comment.after
-    return any((kind is None or after.piece_type_at(move.to_square) == kind)
-               and (square is None or move.to_square == chess.parse_square(square.lower()))
-               and (not isinstance(subject, int) or after.piece_type_at(move.from_square) == subject)
-               for move in after.generate_legal_captures())
+    after, move = comment.after, comment.move
+    assert move is not None
+    # nobody says of a piece that it takes itself
+    if square is not None and holds(after, kind or 0, move.to_square) and chess.parse_square(square.lower()) == move.to_square:
+        return True
+    return any((kind is None or after.piece_type_at(reply.to_square) == kind)
+               and (square is None or reply.to_square == chess.parse_square(square.lower()))
+               and (not isinstance(subject, int) or after.piece_type_at(reply.from_square) == subject)
+               for reply in after.generate_legal_captures())
 
 
 def false_castling(comment: Comment) -> Iterator[Flag]:

@@ -20,6 +20,7 @@ DEFENCE = re.compile(r"\b(?:defends|defending|protects|protecting|guards|guardin
 DEFENDED = re.compile(r"\b(?:defended|protected|guarded|supported) by ", re.IGNORECASE)
 IS = re.compile(r",?(?: (?:which|that))?(?: (?:is|are|stands|remains))?(?: (?:now|only|also|still|both|well|again))* *")
 LIST_GAP = re.compile(r"(?:,? and(?: also)?|,)(?: by)? ", re.IGNORECASE)
+NEW_CLAUSE = re.compile(r" (?:[a-z]+s|also|now|still|then|can|could|will|would|may|might|must|are|has|had)\b")
 # the piece may act through another one, or on what stands behind
 INDIRECT = re.compile(r"\b(?:x-?ray\w*|through|behind|indirect\w*|pin\w*|skewer\w*|discover\w*|batter\w+)\b", re.IGNORECASE)
 HANGS = re.compile(rf"\bhangs (?=(?:the|its|{SIDE}['’]s) )", re.IGNORECASE)
@@ -45,7 +46,8 @@ def named_behind(comment: Comment, position: int) -> list[Mention]:
         if not gap:
             break
         position = gap.end()
-    return found
+    # in "attacks the queen on d8 and the rook on h8 is next" the last one begins a clause of its own
+    return found[:-1] if len(found) > 1 and NEW_CLAUSE.match(comment.text, found[-1].end) else found
 
 
 def named_ahead(comment: Comment, position: int) -> list[Mention]:

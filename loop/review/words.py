@@ -162,7 +162,8 @@ class Comment:
             if not fits and not any(parsed(turned(board), named.san) is not None for board in boards):
                 misfits.append((named, line_holds))
             # the null move, where several fit, is false
-            reached += [(named.end, pushed(board, move)) for board, move in fits[-4:] if move]
+            reached += [(named.end, pushed(board, move)) for board, move in fits[-4:]
+                        if move and not (board is self.before and move == self.move)]
             line_holds = any(ply_of(board) == named.ply for board, _ in fits)
         return reached, misfits
 
