@@ -18,19 +18,21 @@ import chess
 from loop.review.claims import false_capture, false_castling, false_check, false_mate, illegal_move, wrong_square
 from loop.review.contacts import false_attack, false_defence, false_undefended
 from loop.review.strength import contradicts_classification, contradicts_loss
-from loop.review.words import Comment, Flag, parsed
+from loop.review.words import Comment, Flag, any_of, parsed
 
-FEN = re.compile(r"\bFEN: *(?P<fen>[1-8pnbrqkPNBRQK]{1,8}(?:/[1-8pnbrqkPNBRQK]{1,8}){7} [wb] (?:-|[KQkqA-Ha-h]{1,4}) (?:-|[a-h][36])"
-                 r"(?: \d+ \d+)?)")
-PLAYED = re.compile(r"\b(?:plays?|played|[Mm]ove(?: played)?:?) *(?:\d+ *(?:\.+|…) *)?(?P<move>[a-h][1-8][a-h][1-8][qrbn]?\b|[A-Za-h0O][\w=-]*[+#]?)")
-THOUGHT = re.compile(r"\s*(?:<think>)?(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+RANK = "[1-8pnbrqkPNBRQK]{1,8}"
+FEN = re.compile(rf"\bFEN: *(?P<fen>{RANK}(?:/{RANK}){{7}} [wb] (?:-|[KQkqA-Ha-h]{{1,4}}) (?:-|[a-h][36])(?: \d+ \d+)?)")
+PLAYED = re.compile(r"\b(?:plays?|played|[Mm]ove(?: played)?:?) *(?:\d+ *(?:\.+|…) *)?"
+                    r"(?P<move>[a-h][1-8][a-h][1-8][qrbn]?\b|[A-Za-h0O][\w=-]*[+#]?)")
+THOUGHT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>\s*|\s*</think>\s*", re.DOTALL)
 
-STRAY = re.compile(r"</?think(?:ing)?>|<\|[^|<>]{1,40}\|>|</?s>|<[be]os>|<pad>|<(?:start|end)_of_turn>|\[/?INST\]|</?tool_(?:call|response)>"
-                   "|\ufffd", re.IGNORECASE)
+STRAY = re.compile(r"</?think(?:ing)?>|<\|[^|<>]{1,40}\|>|</?s>|<[be]os>|<pad>|<(?:start|end)_of_turn>|\[/?INST\]"
+                   "|</?tool_(?:call|response)>|\ufffd", re.IGNORECASE)
 WORD = re.compile(r"[\w'’+#=-]+")
 CLOSED = re.compile(r"[.!?…][\"')\]’”*]*$|[:;]-?[)(]$|[^\w\s\"'<>]$")
-OPEN = re.compile(r"(?:[,;:(—-]|\b(?:an?|the|and|or|but|of|for|with|to|by|on|at|in|into|from|than|as|is|are|was|were|be|which|who|whose"
-                  r"|because|if|then|when|while|its|his|their|[Ww]hite['’]s|[Bb]lack['’]s))$")
+OPEN = re.compile(r"(?:[,;:(—-]|"
+                  + any_of("a an the and or but of for with to by on at in into from than as is are was were be which who whose"
+                           " because if then when while its his their") + r"|\b\w+['’]s)$")
 MOVE_AT_END = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8]|\.[a-h][1-8]|O-O(?:-O)?)(?:=[QRBN])?[+#]?$")
 INFORMAL = ("forum", "engine")      # sources whose references end without a full stop
 MAX_PERIOD = 30                     # words; what is said again may be this long
@@ -43,13 +45,9 @@ def normalized(text: str) -> str:
 
 
 def without_thought(text: str) -> str:
-    """The answer behind a thought; the text as it is if it has none, or one that never ends."""
+    """The answer behind a thought, also behind one that began in the prompt; the text as it is where no thought ends."""
     match = THOUGHT.match(text)
-    return text[match.end():] if match and text[:match.end()].count("</think>") == 1 and is_thought(text, match) else text
-
-
-def is_thought(text: str, match: re.Match[str]) -> bool:
-    return text.lstrip().startswith("<think>") or not match[0].split("</think>")[0].strip()
+    return text[match.end():] if match else text
 
 
 def position_of(row: Mapping[str, Any]) -> tuple[chess.Board, chess.Move] | tuple[None, None]:

@@ -10,19 +10,20 @@ from typing import NamedTuple
 import chess
 
 from loop.review.claims import subject_of, there
-from loop.review.words import MENTION, SIDE, Comment, Flag, Mention
+from loop.review.words import MENTION, SIDE, Comment, Flag, Mention, any_of
 
 VALUE = {chess.PAWN: 1, chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9, chess.KING: 99}
-ATTACK = re.compile(r"\b(?:attacks|attacking|hits|hitting|forks|forking)\b(?: both| again| now| at once)? ", re.IGNORECASE)
+AT_ONCE = r"(?: both| again| now| at once)? "
+ATTACK = re.compile(any_of("attacks attacking hits hitting forks forking") + AT_ONCE, re.IGNORECASE)
 ATTACKED = re.compile(r"\battacked by ", re.IGNORECASE)
-DEFENCE = re.compile(r"\b(?:defends|defending|protects|protecting|guards|guarding|supports|supporting)\b(?: both| again| now)? ",
+DEFENCE = re.compile(any_of("defends defending protects protecting guards guarding supports supporting") + AT_ONCE,
                      re.IGNORECASE)
-DEFENDED = re.compile(r"\b(?:defended|protected|guarded|supported) by ", re.IGNORECASE)
+DEFENDED = re.compile(any_of("defended protected guarded supported") + " by ", re.IGNORECASE)
 IS = re.compile(r",?(?: (?:which|that))?(?: (?:is|are|stands|remains))?(?: (?:now|only|also|still|both|well|again))* *")
 LIST_GAP = re.compile(r"(?:,? and(?: also)?|,)(?: by)? ", re.IGNORECASE)
-NEW_CLAUSE = re.compile(r" (?:[a-z]+s|also|now|still|then|can|could|will|would|may|might|must|are|has|had)\b")
+NEW_CLAUSE = re.compile(" (?:[a-z]+s|" + any_of("also now still then can could will would may might must are has had") + r")\b")
 # the piece may act through another one, or on what stands behind
-INDIRECT = re.compile(r"\b(?:x-?ray\w*|through|behind|indirect\w*|pin\w*|skewer\w*|discover\w*|batter\w+)\b", re.IGNORECASE)
+INDIRECT = re.compile(any_of("x-ray* xray* through behind indirect* pin* skewer* discover* batter*"), re.IGNORECASE)
 HANGS = re.compile(rf"\bhangs (?=(?:the|its|{SIDE}['’]s) )", re.IGNORECASE)
 LOOSE = re.compile(r"(?:,? (?:which|that))? (?:is|are|now|just|simply|left)(?: (?:now|left|just|simply|completely))* "
                    r"(?P<how>undefended|unprotected|unguarded|hanging|en prise)\b| hangs\b", re.IGNORECASE)
@@ -53,9 +54,10 @@ def named_behind(comment: Comment, position: int) -> list[Mention]:
 def named_ahead(comment: Comment, position: int) -> list[Mention]:
     """The piece named right before `position`, with no more than "is now" between, or first in a sentence up to its "and"."""
     first, _ = comment.sentence(position)
+    mentions = [mention for mention in comment.mentions if first <= mention.start and mention.end <= position]
     if comment.text[first:position].endswith(" and "):
-        return [mention for mention in comment.mentions if first <= mention.start and not comment.text[first:mention.start].strip()]
-    return [mention for mention in comment.mentions if mention.end <= position and IS.fullmatch(comment.text, mention.end, position)]
+        return [mention for mention in mentions if not comment.text[first:mention.start].strip()]
+    return [mention for mention in mentions if IS.fullmatch(comment.text, mention.end, position)]
 
 
 def contacts(comment: Comment, active: re.Pattern[str], passive: re.Pattern[str]) -> Iterator[Contact]:
@@ -100,8 +102,8 @@ def holds_between(comment: Comment, contact: Contact, same_side: bool) -> bool:
         return all(any(acts(board, start, target.square) for board in there(comment, target) if board in boards
                        for kind in kinds for color in chess.COLORS for start in board.pieces(kind, color))
                    for target in contact.targets)
-    return all(any(acts(board, start, target.square) for board, start in places(comment, actor) if board in there(comment, target))
-               for actor in contact.actors for target in contact.targets)
+    return all(any(acts(board, start, target.square) for board, start in places(comment, actor)
+                   if board in there(comment, target)) for actor in contact.actors for target in contact.targets)
 
 
 def places(comment: Comment, actor: Mention) -> list[tuple[chess.Board, int]]:
@@ -166,4 +168,5 @@ def false_undefended(comment: Comment) -> Iterator[Flag]:
     for mention, start, end, proof in claims:
         boards = there(comment, mention)
         if boards and comment.plain(start, end) and all(proof(board, mention.square) for board in boards):
-            yield comment.flag("false_undefended", start, end, f"the piece on {chess.square_name(mention.square)} is defended or not attacked")
+            square = chess.square_name(mention.square)
+            yield comment.flag("false_undefended", start, end, f"the piece on {square} is defended, or nothing can take it")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import chess
 
 from loop.review.claims import subject_of
-from loop.review.words import PIECE, SIDE, Comment, Flag
+from loop.review.words import PIECE, SIDE, Comment, Flag, any_of
 
 # The keys of a row's metadata that hold a verdict: the class of the move, and by how many centipawns it is worse than the best.
 LABEL_KEYS, LOSS_KEYS = ("classification",), ("cp_loss", "centipawn_loss")
@@ -24,25 +24,30 @@ NOT_WINNING, NOT_AHEAD, BEHIND = 0.60, 0.62, 0.40
 OPEN_GAME = (0.10, 0.97)            # outside, the game is decided, and what a mistake is becomes a matter of taste
 VALUE = {chess.PAWN: 1, chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9}
 
-OPENS = (r"(?:^\s*|[.!,;:…] ?|\b(?:is|was|(?:it|that|this|here)['’]?s) )(?:(?:really|simply|clearly|just|probably|perhaps|objectively"
-         r"|arguably) )?")
-ENDS = r"\b(?! (?:by(?! far)|of|from|would|was|were|is to|is not|here was|here is|here would|often|if|to)\b)"
+OPENS = (r"(?:^\s*|[.!,;:…] ?|\b(?:is|was|(?:it|that|this|here)['’]?s) )(?:"
+         + any_of("really simply clearly just probably objectively arguably") + " )?")
+SIDES = r"(?:white|black)['’]s"
+# "a mistake by White", "the best move was": of another move
+ENDS = r"\b(?! " + any_of("by(?!\\sfar) of from would was were often if to") + r"| is (?:to|not)\b| here (?:was|is|would)\b)"
+BEST = rf"(?:the |{SIDES} )(?:very |absolutely )?(?:best|strongest) (?:move|choice|reply|continuation)"
+FINE = (r"an? (?:absolutely |very |really )?(?:excellent|brilliant|superb|perfect|great|fine|accurate|precise)"
+        r"(?: and \w+)? (?:\w+ )?(?:move|choice|reply|retreat|decision)")
+ONLY = rf"(?:the |{SIDES} )?only (?:good |playable |sensible |correct )?(?:move|reply|defence)"
 BLAMES = re.compile(rf"{OPENS}(?P<words>an? (?:\w+ )?(?:blunder|mistake){ENDS})", re.IGNORECASE | re.MULTILINE)
-BEST = r"(?:the |(?:white|black)['’]s )(?:very |absolutely )?(?:best|strongest) (?:move|choice|reply|continuation)"
-PRAISE = (r"an? (?:absolutely |very |really )?(?:excellent|brilliant|superb|perfect|great|fine|accurate|precise)"
-          r"(?: and \w+)? (?:\w+ )?(?:move|choice|reply|retreat|decision)")
-PRAISES = re.compile(rf"{OPENS}(?P<words>(?:{BEST}|{PRAISE}){ENDS})", re.IGNORECASE | re.MULTILINE)
+PRAISES = re.compile(rf"{OPENS}(?P<words>(?:{BEST}|{FINE}){ENDS})", re.IGNORECASE | re.MULTILINE)
 CALLS_BEST = re.compile(rf"{OPENS}(?P<words>{BEST}{ENDS})", re.IGNORECASE | re.MULTILINE)
-CALLS_ONLY = re.compile(rf"{OPENS}(?P<words>(?:the |(?:white|black)['’]s )?only (?:good |playable |sensible |correct )?(?:move|reply|defence)"
-                        r"(?! (?:by|of|from|is not|would|was)\b))", re.IGNORECASE | re.MULTILINE)
+CALLS_ONLY = re.compile(rf"{OPENS}(?P<words>{ONLY}\b(?! {any_of('by of from would was when')}| is not\b))",
+                        re.IGNORECASE | re.MULTILINE)
 # What shows that the words are about another move, or take the verdict back.
-TURNS = re.compile(r"\b(?:not|no|never|would|could|instead|avoid\w*|than|almost|if|opponent\w*|previous|last|earlier|after|when|went"
-                   r"|played|had|punish\w*|exploit\w*|perhaps|maybe|looks?|seems?|might|may)\b|n['’]t\b", re.IGNORECASE)
+TURNS = re.compile(any_of("not no never would could instead avoid* than almost if opponent* previous last earlier after when"
+                          " went played had punish* exploit* perhaps maybe look looks seem* might may")
+                   + r"|n['’]t\b", re.IGNORECASE)
 WINNING = re.compile(rf"\b(?P<side>{SIDE}) is (?:now |already |clearly |completely |simply |totally |objectively )?"
-                     r"(?:(?P<wins>winning)|(?P<loses>lost|losing))(?! (?:a|an|the|back|material|chances|time|control|two|three|one|his|her"
-                     r"|its|their|some|more)\b)", re.IGNORECASE)
-WINS = re.compile(rf"\bwins (?:the|an?|{SIDE}['’]s) (?:clean |whole |full |free )?(?P<what>{PIECE}|piece)\b(?! (?:ending|endgame|back|for))(?!['’-])",
-                  re.IGNORECASE)
+                     r"(?:(?P<wins>winning)|(?P<loses>lost|losing))(?! "
+                     + any_of("a an the back material chances time control two three one his her its their some more") + ")",
+                     re.IGNORECASE)
+WINS = re.compile(rf"\bwins (?:the|an?|{SIDES}) (?:clean |whole |full |free )?(?P<what>{PIECE}|piece)\b"
+                  r"(?! (?:ending|endgame|back|for))(?!['’-])", re.IGNORECASE)
 
 
 class Verdict(NamedTuple):

@@ -12,16 +12,23 @@ from typing import Any, NamedTuple
 import chess
 
 MAX_BOARDS = 48     # of lines followed in one comment; where there are more, moves are let pass
+
+
+def any_of(words: str) -> str:
+    """A pattern for any of the words; `threat*` stands for all words that begin so."""
+    return r"\b(?:" + "|".join(word.replace("*", r"\w*") for word in words.split()) + r")\b"
+
+
 KINDS = {name: kind for kind, name in enumerate(chess.PIECE_NAMES) if name}
 PIECE = r"(?:pawn|knight|bishop|rook|queen|king)"
 SQUARE = r"[a-h][1-8]"
 SQUARES = rf"{SQUARE}(?:(?:, | and |, and | or ){SQUARE}\b)*"
 SIDE = r"(?:[Ww]hite|[Bb]lack)"
+PLAN = any_of("break push advance thrust sac* lever move capture")     # "the f5 pawn push"
 # "the knight on f3", "White's pawns on d4 and e5", and the other way round: "the f7 pawn"
 MENTION = re.compile(rf"(?:\b(?P<det>the|its|his|her|their|your|our|this|that|both|an?|another|no|any|one|{SIDE}['’]s) )?"
                      rf"(?P<adjective>(?:[a-z-]+ )??)(?:(?P<kind>{PIECE})s? (?:on|at) (?P<squares>{SQUARES})\b"
-                     rf"|(?P<square>{SQUARE})[- ](?P<kind2>{PIECE})\b(?! (?:break|push|advance|thrust|sac|lever|move|capture)))",
-                     re.IGNORECASE)
+                     rf"|(?P<square>{SQUARE})[- ](?P<kind2>{PIECE})\b(?! {PLAN}))", re.IGNORECASE)
 SAN = (r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8](?:=?[QRBN])?|[a-h][18]=[QRBN]|[O0]-[O0](?:-[O0])?)"
        r"(?:[+#])?(?![\w-])")
 PAWN_STEP = r"[a-h][1-8][+#]?(?![\w-])"     # a move only where a number or dots stand before; else it is a square
@@ -34,22 +41,19 @@ CLAUSE_END = re.compile(r"[,;:.!?()—\n]| (?:and|but|because|since|so|while|yet
 LATE_CONDITION = re.compile(r"[,;—] *(?:if|when|after|once|unless|until|provided|should|as soon)\b")
 
 # Words after which a sentence need not be about this move on this board: conditions, negations, plans, the past, hearsay.
+SUPPOSES = ("if unless until would will shall suppos* imagin* example instance otherwise then next later soon after* when*"
+            " before eventually ultimately follow* instead rather hop* plan* idea prepar* want* wants intend* dream* typical*"
+            " usual* often always every earlier previous* last already better was were been had")
 HEDGE = re.compile(
-    r"\b(?:if|would|could|can|cannot|may|might|must|should|shall|will|threat\w*|next|later|soon|after\w*|(?<!at )once|when\w*|before"
-    r"|was|were|been|had|has|have|did|does|do|not|no|never|nor|neither|without|nothing|none|nobody|unless|until|instead|rather"
-    r"|almost|nearly|looks?|seems?|appears?|hop\w+|plan\w*|wants?|idea|prepar\w+|aim\w*|allow\w*|lets?|suppos\w+|imagin\w+"
-    r"|example|thinks?|thought|believes?|otherwise|then|eventually|ultimately|possib\w+|perhaps|maybe|missed|earlier|previous\w*"
-    r"|last|already|better|stronger|alternative\w*|avoid\w*|prevent\w*|stop\w*|avert\w*|dream\w*|ready|about|try\w*|tries|intend\w*"
-    r"|follow\w*|answer\w*|repl\w+|respond\w*|whether|how|any|every|always|usual\w*|often|typical\w*|sometimes|instance)\b"
-    r"|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\.", re.IGNORECASE)
+    any_of(SUPPOSES + " could can cannot may might must should threat* has have did does do not no never nor neither without"
+           " nothing none nobody almost nearly look looks seem* appear* aim* allow* let lets think* thought believe*"
+           " possib* perhaps maybe missed stronger alternative* avoid* prevent* stop* avert* ready about try* tries answer* repl* respond*"
+           " whether how any sometimes") + r"|(?<!at )\bonce\b|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\.", re.IGNORECASE)
 # Words that move pieces, so that what is named on a square may come there later or have stood there in the past.
 ELSEWHERE = re.compile(
-    r"\b(?:if|would|will|next|later|soon|after\w*|once|when\w*|before|was|were|been|had|took|gave|went|came|left"
-    r"|unless|until|instead|rather|hop\w+|plan\w*|wants?|idea|prepar\w+|suppos\w+|imagin\w+|example|then|eventually|ultimately"
-    r"|earlier|previous\w*|last|already|better|follow\w*|dream\w*|intend\w*|typical\w*|usual\w*|often|always|ever[yw]\w*"
-    r"|put\w*|plac\w+|bring\w*|get\w*|plant\w*|install\w*|land\w*|reach\w*|rerout\w+|rout\w+|post\w*|need\w*|transfer\w*"
-    r"|trad\w+|exchang\w+|swap\w*|captured|exchanged|recaptur\w+|retak\w+|regain\w*|retreat\w*|replac\w+|without|missing)\b"
-    r"|n['’]t\b|['’](?:ll|d)\b", re.IGNORECASE)
+    any_of(SUPPOSES + " once took gave went came left captured exchanged recaptur* retak* regain* put* plac* bring* get* plant*"
+           " install* land* reach* rerout* rout* post* need* transfer* trad* exchang* swap* retreat* replac* without missing"
+           " everywhere") + r"|n['’]t\b|['’](?:ll|d)\b", re.IGNORECASE)
 
 
 class Flag(NamedTuple):
@@ -179,10 +183,7 @@ class Comment:
 
     def is_played(self, named: Named) -> bool:
         """Whether a named move is the row's own."""
-        return named.ply in (None, self.ply) and (named.san in (self.san, self.san.replace("x", "")) or self.parses_to_played(named))
-
-    def parses_to_played(self, named: Named) -> bool:
-        return parsed(self.before, named.san) == self.move
+        return named.ply in (None, self.ply) and parsed(self.before, named.san) == self.move
 
     def about_other_move(self, position: int) -> bool:
         """Whether the paragraph begins with the number of another move: it comments on that one."""
