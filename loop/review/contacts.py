@@ -19,7 +19,7 @@ ATTACKED = re.compile(r"\battacked by ", re.IGNORECASE)
 DEFENCE = re.compile(any_of("defends defending protects protecting guards guarding supports supporting") + AT_ONCE,
                      re.IGNORECASE)
 DEFENDED = re.compile(any_of("defended protected guarded supported") + " by ", re.IGNORECASE)
-IS = re.compile(r",?(?: (?:which|that))?(?: (?:is|are|stands|remains))?(?: (?:now|only|also|still|both|well|again))* *")
+IS = re.compile(r"(?:,? (?:which|that))?(?: (?:is|are|stands|remains))?(?: (?:now|only|also|still|both|well|again))* *")
 LIST_GAP = re.compile(r"(?:,? and(?: also)?|,)(?: by)? ", re.IGNORECASE)
 NEW_CLAUSE = re.compile(" (?:[a-z]+s|" + any_of("also now still then can could will would may might must are has had") + r")\b")
 # the piece may act through another one, or on what stands behind

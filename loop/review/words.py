@@ -47,8 +47,9 @@ SUPPOSES = ("if unless until would will shall suppos* imagin* example instance o
 HEDGE = re.compile(
     any_of(SUPPOSES + " could can cannot may might must should threat* has have did does do not no never nor neither without"
            " nothing none nobody almost nearly look looks seem* appear* aim* allow* let lets think* thought believe*"
-           " possib* perhaps maybe missed stronger alternative* avoid* prevent* stop* avert* ready about try* tries answer* repl* respond*"
-           " whether how any sometimes") + r"|(?<!at )\bonce\b|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\.", re.IGNORECASE)
+           " possib* perhaps maybe missed stronger alternative* avoid* prevent* stop* avert* ready about try* tries"
+           " answer* repl* respond* whether how any sometimes")
+    + r"|(?<!at )\bonce\b|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\.", re.IGNORECASE)
 # Words that move pieces, so that what is named on a square may come there later or have stood there in the past.
 ELSEWHERE = re.compile(
     any_of(SUPPOSES + " once took gave went came left captured exchanged recaptur* retak* regain* put* plac* bring* get* plant*"
