@@ -70,7 +70,7 @@ def calls(comment: Comment, pattern: re.Pattern[str]) -> Iterator[tuple[int, int
         # praise of the move played names no other move; blame may go on to name a better one
         until = end if pattern is BLAMES else last
         foreign = comment.board is not None and any(
-            not comment.is_played(named) for named in comment.moves if first <= named.start < until)
+            not comment.is_played(named) for named in comment.moves_within(first, until))
         asks = comment.text[first:last].rstrip().endswith("?")
         if not foreign and not asks and not TURNS.search(comment.text, first, start) and not comment.about_other_move(start):
             yield start, end

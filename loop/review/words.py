@@ -4,6 +4,7 @@ Needs python-chess. A fraction of a millisecond a comment; keeps a few boards of
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 
 import chess
 
-MAX_BOARDS = 48     # of lines followed in one comment; where there are more, moves are let pass
+# How much is followed of the lines in one comment, so that a text of nothing but moves costs no seconds; the rest is let pass.
+MAX_MOVES, MAX_BOARDS = 80, 32
+FAR = 600           # characters; a sentence is read no further from what is judged
 
 
 def any_of(words: str) -> str:
@@ -27,9 +30,10 @@ SIDE = r"(?:[Ww]hite|[Bb]lack)"
 PLAN = any_of("break push advance thrust sac* lever move capture")     # "the f5 pawn push"
 # "the knight on f3", "White's pawns on d4 and e5", and the other way round: "the f7 pawn"
 MENTION = re.compile(rf"(?:\b(?P<det>the|its|his|her|their|your|our|this|that|both|an?|another|no|any|one|{SIDE}['’]s) )?"
-                     rf"(?P<adjective>(?:[a-z-]+ )??)(?:(?P<kind>{PIECE})s? (?:on|at) (?P<squares>{SQUARES})\b"
+                     rf"(?P<adjective>(?:[a-z-]{1,20} )??)(?:(?P<kind>{PIECE})s? (?:on|at) (?P<squares>{SQUARES})\b"
                      rf"|(?P<square>{SQUARE})[- ](?P<kind2>{PIECE})\b(?! {PLAN}))", re.IGNORECASE)
-SAN = (r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8](?:=?[QRBN])?|[a-h][18]=[QRBN]|[O0]-[O0](?:-[O0])?)"
+CASTLING = "[O0]-[O0](?:-[O0])?"
+SAN = (r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8](?:=?[QRBN])?|[a-h][18]=[QRBN]|" + CASTLING + ")"
        r"(?:[+#])?(?![\w-])")
 PAWN_STEP = r"[a-h][1-8][+#]?(?![\w-])"     # a move only where a number or dots stand before; else it is a square
 SAN_PARTS = re.compile(r"(?P<kind>[KQRBN])?(?P<file>[a-h])?(?P<rank>[1-8])?x?(?P<to>[a-h][1-8])(?:=?(?P<new>[QRBN]))?")
@@ -147,6 +151,10 @@ class Comment:
         return list(named_moves(self.text))
 
     @cached_property
+    def move_starts(self) -> list[int]:
+        return [named.start for named in self.moves]
+
+    @cached_property
     def read_lines(self) -> tuple[list[tuple[int, chess.Board]], list[tuple[Named, bool]]]:
         """Follows the moves named, each from every board where it is legal.
 
@@ -157,12 +165,12 @@ class Comment:
         reached: list[tuple[int, chess.Board]] = []
         misfits: list[tuple[Named, bool]] = []
         line_holds = False
-        for named in self.moves:
+        for named in self.moves[:MAX_MOVES]:
             if self.about_other_move(named.start):
                 continue
             boards = [self.before, self.after, *(board for _, board in reached)]
             fits = [(board, move) for board in boards if (move := parsed(board, named.san)) is not None]
-            if not fits and len(boards) > MAX_BOARDS:
+            if len(boards) > MAX_BOARDS:
                 break
             if not fits and not any(parsed(turned(board), named.san) is not None for board in boards):
                 misfits.append((named, line_holds))
@@ -179,8 +187,23 @@ class Comment:
     def mentions(self) -> list[Mention]:
         return list(piece_mentions(self.text))
 
+    @cached_property
+    def mention_ends(self) -> list[int]:
+        return [mention.end for mention in self.mentions]
+
+    def mentions_before(self, position: int) -> list[Mention]:
+        """The last of the pieces named up to `position`, at most as many as one sentence would list."""
+        stop = bisect_right(self.mention_ends, position)
+        return self.mentions[max(0, stop - 8):stop]
+
     def sentence(self, position: int) -> tuple[int, int]:
-        return next(((start, end) for start, end in self.sentences if start <= position < end), (0, len(self.text)))
+        """Begin and end of the sentence in which `position` lies; of an endless one, what is near."""
+        place = bisect_right(self.sentences, (position, len(self.text) + 1)) - 1
+        start, end = self.sentences[place] if place >= 0 else (0, len(self.text))
+        return max(start, position - FAR), min(end, position + FAR)
+
+    def moves_within(self, start: int, end: int) -> list[Named]:
+        return self.moves[bisect_left(self.move_starts, start):bisect_left(self.move_starts, end)]
 
     def is_played(self, named: Named) -> bool:
         """Whether a named move is the row's own."""
@@ -189,9 +212,8 @@ class Comment:
     def about_other_move(self, position: int) -> bool:
         """Whether the paragraph begins with the number of another move: it comments on that one."""
         start = self.text.rfind("\n", 0, position) + 1
-        lead = len(self.text[start:]) - len(self.text[start:].lstrip())
-        first = next((named for named in self.moves if named.start == start + lead), None)
-        return first is not None and first.ply is not None and first.ply != self.ply and start > 0
+        first = self.moves_within(start, position + 1)[:1]
+        return start > 0 and bool(first) and first[0].ply not in (None, self.ply) and not self.text[start:first[0].start].strip()
 
     def plain(self, start: int, end: int, hedge: re.Pattern[str] = HEDGE) -> bool:
         """Whether the words from `start` to `end` say something of this move on this board, and suppose nothing.
@@ -209,7 +231,7 @@ class Comment:
             return False
         # a sentence that follows a line may still be about it
         since = first if hedge is not HEDGE or first == 0 else self.sentence(first - 1)[0]
-        return all(self.is_played(named) for named in self.moves if since <= named.start < clause_end)
+        return all(self.is_played(named) for named in self.moves_within(since, clause_end))
 
 
 def parsed(board: chess.Board, san: str) -> chess.Move | None:
@@ -217,8 +239,9 @@ def parsed(board: chess.Board, san: str) -> chess.Move | None:
 
     `board.parse_san` would do, but writes the whole position into each error, ten times the time of the rest.
     """
-    if san[0] in "O0":
-        found = [move for move in board.generate_castling_moves() if board.is_queenside_castling(move) == (san.count("-") == 2)]
+    if re.fullmatch(CASTLING, san):
+        long = san.count("-") == 2
+        found = [move for move in board.generate_castling_moves() if board.is_queenside_castling(move) == long]
         return found[0] if found else None
     match = SAN_PARTS.fullmatch(san)
     if not match:
