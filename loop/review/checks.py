@@ -22,14 +22,14 @@ from loop.review.words import Comment, Flag, any_of, parsed
 
 RANK = "[1-8pnbrqkPNBRQK]{1,8}"
 FEN = re.compile(rf"\bFEN: *(?P<fen>{RANK}(?:/{RANK}){{7}} [wb] (?:-|[KQkqA-Ha-h]{{1,4}}) (?:-|[a-h][36])(?: \d+ \d+)?)")
-PLAYED = re.compile(r"\b(?:plays?|played|[Mm]ove(?: played)?:?) *(?:\d+ *(?:\.+|…) *)?"
+PLAYED = re.compile(r"\b(?:play(?:s|ed)?|[Mm]ove(?: played)?)\b:? *(?:\d+ *(?:\.+|…) *)?"
                     r"(?P<move>[a-h][1-8][a-h][1-8][qrbn]?\b|[A-Za-h0O][\w=-]*[+#]?)")
 THOUGHT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>\s*|\s*</think>\s*", re.DOTALL)
 
 STRAY = re.compile(r"</?think(?:ing)?>|<\|[^|<>]{1,40}\|>|</?s>|<[be]os>|<pad>|<(?:start|end)_of_turn>|\[/?INST\]"
                    "|</?tool_(?:call|response)>|\ufffd", re.IGNORECASE)
 WORD = re.compile(r"[\w'’+#=-]+")
-CLOSED = re.compile(r"[.!?…][\"')\]’”*]*$|[:;]-?[)(]$|[^\w\s\"'<>]$")
+CLOSED = re.compile(r"[.!?…][\"')\]’”*]*$|[:;]-?[)(]$|[^\w\s\"']$")
 OPEN = re.compile("(?:[,;:(—-]|" + any_of("a an the and or but of into from than as which whose because if while its their")
                   + ")$")
 OPEN_IN_PRINT = re.compile(any_of("for with to by on at in is are was were be who then when his her") + "$")
