@@ -1,7 +1,7 @@
 """Checks a coach's comment against the board, against its row and as a text; each check is a function that yields flags.
 Needs python-chess. One to three milliseconds a comment, deterministic; `engine.py` has the checks that need Stockfish.
 
-A flag must be right: whatever may be a plan, a line, a negation, a question or the past is let pass (`words.py`).
+A flag must be right: whatever may be a plan, a line, a negation, a question or the past is let pass (`comment.py`, `words.py`).
 
     comment = Comment(text, *position_of(row), row["metadata"])
     for flag in judge(comment): print(flag.check, flag.quote, flag.why)
@@ -16,9 +16,10 @@ from typing import Any
 import chess
 
 from loop.review.claims import false_capture, false_castling, false_check, false_mate, illegal_move, wrong_square
+from loop.review.comment import Comment, Flag, parsed
 from loop.review.contacts import false_attack, false_defence, false_undefended
 from loop.review.strength import contradicts_classification, contradicts_loss
-from loop.review.words import Comment, Flag, any_of, parsed
+from loop.review.words import any_of
 
 RANK = "[1-8pnbrqkPNBRQK]{1,8}"
 FEN = re.compile(rf"\bFEN: *(?P<fen>{RANK}(?:/{RANK}){{7}} [wb] (?:-|[KQkqA-Ha-h]{{1,4}}) (?:-|[a-h][36])(?: \d+ \d+)?)")

@@ -8,21 +8,8 @@ from collections.abc import Iterator
 
 import chess
 
-from loop.review.words import (
-    ELSEWHERE,
-    KINDS,
-    PIECE,
-    SIDE,
-    SQUARE,
-    Comment,
-    Flag,
-    Mention,
-    Named,
-    any_of,
-    parsed,
-    pushed,
-    turned,
-)
+from loop.review.comment import Comment, Flag, parsed, pushed, turned
+from loop.review.words import ELSEWHERE, KINDS, PIECE, SIDE, SQUARE, Mention, Named, any_of
 
 SAYS_ILLEGAL = re.compile(any_of("illegal legal impossible cannot") + r"|\bnot (?:possible|allowed)\b|n['’]t\b", re.IGNORECASE)
 # Words right before a move that say it can be played at once. Plans for later are not among them.

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import chess
 
 from loop.review.claims import subject_of, there
-from loop.review.words import MENTION, SIDE, Comment, Flag, Mention, any_of
+from loop.review.comment import Comment, Flag
+from loop.review.words import MENTION, SIDE, Mention, any_of
 
 VALUE = {chess.PAWN: 1, chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9, chess.KING: 99}
 ADVERB = r"(?: both| again| now| at once)? "

@@ -11,8 +11,8 @@ from types import TracebackType
 import chess
 import chess.engine
 
+from loop.review.comment import Comment, Flag, pushed
 from loop.review.strength import Verdict, false_best, false_mistake, false_only, false_winning
-from loop.review.words import Comment, Flag, pushed
 
 NODES, HASH_MIB = 200_000, 16
 MATE_CP = 10_000

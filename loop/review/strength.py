@@ -10,7 +10,8 @@ from typing import NamedTuple
 import chess
 
 from loop.review.claims import subject_of
-from loop.review.words import PIECE, SIDE, Comment, Flag, any_of
+from loop.review.comment import Comment, Flag
+from loop.review.words import PIECE, SIDE, any_of
 
 # The keys of a row's metadata that hold a verdict: the class of the move, and by how many centipawns it is worse than the best.
 LABEL_KEYS, LOSS_KEYS = ("classification",), ("cp_loss", "centipawn_loss")

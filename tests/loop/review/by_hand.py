@@ -10,7 +10,7 @@ from pathlib import Path
 
 import chess
 
-from loop.review.words import Comment
+from loop.review.comment import Comment
 
 BY_HAND = [json.loads(line) for line in (Path(__file__).parent / "comments.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -43,11 +43,12 @@ def count_flags(flags_of, names):
             missed = [pair for pair in missed if pair not in hits[:1]]
         for name, _ in missed:
             table[name, "missed"] += 1
-    print(f"\n{'check':28}{'flags':>7}{'right':>7}{'wrong':>7}{'missed':>8}")
+    columns = ("flags", "right", "wrong", "missed")
+    sums = {word: sum(table[name, word] for name in names) for word in columns}
+    print("\n" + f"{'check':28}" + "".join(f"{word:>8}" for word in columns))
     for name in names:
-        print(f"{name:28}" + "".join(f"{table[name, word]:>{7 + (word == 'missed')}}" for word in ("flags", "right", "wrong", "missed")))
-    sums = {word: sum(table[name, word] for name in names) for word in ("flags", "right", "wrong", "missed")}
-    print(f"{'all':28}{sums['flags']:>7}{sums['right']:>7}{sums['wrong']:>7}{sums['missed']:>8}")
+        print(f"{name:28}" + "".join(f"{table[name, word]:8}" for word in columns))
+    print(f"{'all':28}" + "".join(f"{sums[word]:8}" for word in columns))
     return table, sums, false_alarms
 
 

@@ -13,7 +13,7 @@ chess = pytest.importorskip("chess")
 from data.demo.__main__ import write_rows  # noqa: E402
 from loop.review import checks, engine  # noqa: E402
 from loop.review.checks import CHECKS, Comment, judge, normalized, position_of, without_thought  # noqa: E402
-from loop.review.words import parsed  # noqa: E402
+from loop.review.comment import parsed  # noqa: E402
 from tests.loop.review.by_hand import BY_HAND, after, comment_by_hand, count_flags  # noqa: E402
 
 DEMO = Path("data/demo")
@@ -83,30 +83,36 @@ def test_references_at_other_positions_are_flagged():
 RUY, SCANDI, NG5 = "e4 e5 Nf3 Nc6 Bb5", "e4 d5 exd5 Qxd5", "e4 e5 Nf3 Nc6 Bc4 Nf6 Ng5"
 CASTLES, SCHOLAR, CHECKS_KING = "e4 e5 Nf3 Nc6 Bc4 Bc5 O-O", "e4 e5 Qh5 Nc6 Bc4 Nf6 Qxf7#", "e4 e5 Nf3 d6 Bb5+"
 CASES = [  # check, moves, a text and what is flagged in it, a text about the same that is right
-    ("illegal_move", RUY, "Black can answer 3...Qxb5 at once.", "3...Qxb5", "After 3...a6 4.Bxc6 bxc6 the move 5.Nxe5 is possible."),
+    ("illegal_move", RUY, "Black can answer 3...Qxb5 at once.", "3...Qxb5",
+     "After 3...a6 4.Bxc6 bxc6 the move 5.Nxe5 is possible."),
     ("illegal_move", RUY, "After 3...a6 4.Bxc6 Nxc6 the knight is back.", "Nxc6", "Not 3...Qxb5, which is illegal."),
     ("illegal_move", RUY, "White threatens Qxd7 now.", "Qxd7", "White threatens Bxc6, and one day Re1 and d4 will follow."),
     ("wrong_square", RUY, "The knight on f6 is strong.", "The knight on f6", "After 3...Nf6 the knight on f6 hits e4."),
     ("wrong_square", RUY, "Black's knights on c6 and d7 wait.", "Black's knights on c6 and d7", "The bishop on f1 left home."),
+    ("wrong_square", RUY, "The white bishop on c4 looks on.", "The white bishop on c4", "The black bishop on c8 is shut in."),
     ("wrong_square", RUY, "White's pawn on e5 is strong.", "White's pawn on e5", "Black's pawn on e5 is under fire."),
     ("false_check", RUY, "The bishop gives check.", "gives check", "This is not check, the d7-pawn is in the way."),
     ("false_check", RUY, "Bb5+ is a good move.", "Bb5+", "If the d-pawn moves, Bb5 gives check."),
     ("false_check", CHECKS_KING, "The knight gives check.", "gives check", "The bishop gives check, and the king is in check."),
     ("false_mate", CHECKS_KING, "It is checkmate.", "is checkmate", "It isn't mate, for Black has 3...c6."),
     ("false_mate", SCHOLAR, "A check, but not mate.", "not mate", "Qxf7# is checkmate."),
-    ("false_capture", RUY, "The bishop takes the knight on c6.", "takes the knight on c6", "If Black waits, White takes the knight."),
+    ("false_capture", RUY, "The bishop takes the knight on c6.", "takes the knight on c6",
+     "If Black waits, White takes the knight."),
     ("false_capture", SCANDI, "Black takes a knight.", "takes a knight", "Black takes the pawn on d5."),
     ("false_capture", SCANDI, "The knight takes on d5.", "takes on d5", "The queen takes on d5, and nothing takes it back."),
-    ("false_attack", RUY, "The bishop attacks the queen on d8.", "attacks the queen on d8", "The bishop attacks the knight on c6."),
+    ("false_attack", RUY, "The bishop attacks the queen on d8.", "attacks the queen on d8",
+     "The bishop attacks the knight on c6."),
     ("false_attack", NG5, "The pawn on f7 is attacked by the queen on d1.", "attacked by the queen on d1",
      "The pawn on f7 is attacked by the knight on g5 and the bishop on c4."),
     ("false_defence", RUY, "The bishop on b5 protects the pawn on e4.", "protects the pawn on e4",
      "The knight on c6 protects the pawn on e5, and nothing defends e4."),
     ("false_defence", RUY, "The pawn on e5 is defended by the queen on d8.", "defended by the queen on d8",
      "The pawn on e5 is defended by the knight on c6."),
-    ("false_castling", RUY, "White castles kingside.", "White castles kingside", "White will castle soon, and then Black castles too."),
+    ("false_castling", RUY, "White castles kingside.", "White castles kingside",
+     "White will castle soon, and then Black castles too."),
     ("false_castling", CASTLES, "White castles queenside.", "White castles queenside", "White castles kingside."),
-    ("false_undefended", RUY, "The knight on c6 is undefended.", "The knight on c6 is undefended", "The bishop on b5 is undefended."),
+    ("false_undefended", RUY, "The knight on c6 is undefended.", "The knight on c6 is undefended",
+     "The bishop on b5 is undefended."),
     ("false_undefended", RUY, "White hangs the bishop on b5.", "hangs the bishop on b5", "The knight on c6 is not hanging."),
     ("stray_tags", RUY, "A fine move.<|im_end|>", "<|im_end|>", "White's bishop <b>pins</b> nothing, 3 < 4."),
     ("stray_tags", RUY, "<think>A move.", "<think>", "I think that it is fine."),
@@ -147,12 +153,14 @@ def test_an_answer_as_long_as_allowed_is_cut_off_unless_its_sentence_ends():
     assert judge(Comment("White castles.", at_limit=True)) == [] == judge(Comment("white castles and so does black"))
 
 
-@pytest.mark.parametrize("key, good, bad", [("classification", "Best", "blunder"), ("centipawn_loss", 4, 390), ("cp_loss", 0, 300.0)])
+@pytest.mark.parametrize("key, good, bad", [
+    ("classification", "Best", "blunder"), ("centipawn_loss", 4, 390), ("cp_loss", 0, 300.0)])
 def test_verdicts_in_the_metadata_are_not_contradicted(key, good, bad):
     name = "contradicts_classification" if key == "classification" else "contradicts_loss"
-    for value, text, quotes in ((good, "A blunder. White loses time.", ["A blunder"]), (bad, "A blunder. White loses time.", []),
-                                (bad, "This is the best move.", ["the best move"]), (good, "This is the best move.", []),
-                                (bad, "The best move was 3.d4.", []), (good, "Not a blunder. Was it a mistake?", [])):
+    for value, text, quotes in (
+            (good, "A blunder. White loses time.", ["A blunder"]), (bad, "A blunder. White loses time.", []),
+            (bad, "This is the best move.", ["the best move"]), (good, "This is the best move.", []),
+            (bad, "The best move was 3.d4.", []), (good, "Not a blunder. Was it a mistake?", [])):
         comment = Comment(text, *after(RUY), {key: value})
         assert [(flag.check, flag.quote) for flag in judge(comment)] == [(name, quote) for quote in quotes]
 
@@ -177,7 +185,8 @@ def test_a_position_is_found_in_metadata_or_prompt():
 
 def test_a_thought_is_taken_off():
     assert without_thought("<think>\nNf3?\n</think>\n\nGood.") == "Good." == without_thought("\n</think>\nGood.")
-    assert without_thought("Good. </think> Bad.") == "Good. </think> Bad." and without_thought("<think>no end") == "<think>no end"
+    assert without_thought("Good. </think> Bad.") == "Good. </think> Bad."
+    assert without_thought("<think>no end") == "<think>no end"
 
 
 def test_moves_are_read_as_python_chess_reads_them():
@@ -209,7 +218,8 @@ def test_a_comment_takes_under_five_milliseconds_and_an_endless_one_no_seconds()
         times.append(time.perf_counter() - start)
     assert statistics.median(times) < 0.005
     for text in ("Nf3 " * 2500, "1...e5 2.Nf3 Nc6 3.Bb5 a6 4.Ba4 " * 300, "the knight on f3 attacks the queen on d8 and " * 220,
-                 "White takes the pawn on e5 with check. " * 250, "a" * 10_000, "1...e5\n" * 1400, "<think>" * 1400, " " * 10_000):
+                 "White takes the pawn on e5 with check. " * 250, "a" * 10_000, "1...e5\n" * 1400, "<think>" * 1400,
+                 " " * 10_000):
         start = time.perf_counter()
         judge(Comment(without_thought(text), *after("e4")))
         assert time.perf_counter() - start < 5, text[:40]
