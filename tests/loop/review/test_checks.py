@@ -10,13 +10,13 @@ import pytest
 
 chess = pytest.importorskip("chess")
 
-from data.demo.__main__ import write_rows  # noqa: E402
+from data.demo import __main__ as demo  # noqa: E402
 from loop.review import checks, engine  # noqa: E402
 from loop.review.checks import CHECKS, Comment, judge, normalized, position_of, without_thought  # noqa: E402
 from loop.review.comment import parsed  # noqa: E402
 from tests.loop.review.by_hand import BY_HAND, after, comment_by_hand, count_flags  # noqa: E402
 
-DEMO = Path("data/demo")
+DEMO = Path(demo.__file__).parent
 OTHER = "other"     # wrong in a way for which there is no check
 
 
@@ -41,7 +41,7 @@ def test_nineteen_of_twenty_flags_are_right():
     trained_on = demo_answers()
     _, sums, false_alarms = count_flags(lambda row: judge(comment_by_hand(row, trained_on)), CHECKS)
     assert sums["right"] >= 0.95 * sums["flags"], "\n".join(false_alarms)
-    assert sums["flags"] >= 140, "checks that flag nothing are right, too"
+    assert sums["flags"] >= 180, "checks that flag nothing are right, too"
     assert sums["missed"] <= 0.25 * (sums["right"] + sums["missed"])
 
 
@@ -64,8 +64,8 @@ def test_the_demo_references_are_not_flagged():
 
 @pytest.mark.slow
 def test_five_thousand_fresh_references_are_not_flagged(tmp_path):
-    write_rows(tmp_path / "short", 5000, 0, seed=77)
-    write_rows(tmp_path / "long", 100, 0, seed=78, long=True)
+    demo.write_rows(tmp_path / "short", 5000, 0, seed=77)
+    demo.write_rows(tmp_path / "long", 100, 0, seed=78, long=True)
     for rows in (read(tmp_path / "short/train.jsonl"), read(tmp_path / "long/train.jsonl")):
         share, flagged = share_flagged(rows)
         assert share < 0.01, flagged
