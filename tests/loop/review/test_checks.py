@@ -229,3 +229,15 @@ def test_flags_are_the_same_each_time():
     for row in BY_HAND[::3]:
         assert judge(comment_by_hand(row)) == judge(comment_by_hand(row))
     assert checks.CHECKS.keys() == checks.TEXT_CHECKS.keys() | checks.BOARD_CHECKS.keys()
+
+
+def test_any_text_is_judged_without_an_error():
+    rng = random.Random(3)
+    vocabulary = sorted({word for row in BY_HAND for word in row["text"].split()}) + ["\n", "<|x|>", "0-0-0", "99.Kh1", "…", "#", ""]
+    for _ in range(400):
+        text = " ".join(rng.choices(vocabulary, k=rng.randrange(60)))
+        row = rng.choice(BY_HAND)
+        metadata = rng.choice([{"classification": None}, {"classification": 3, "cp_loss": "x"}, {"centipawn_loss": True}])
+        comment = Comment(text, chess.Board(row["fen"]), chess.Move.from_uci(row["move_uci"]), metadata, rng.random() < 0.3)
+        assert all(text[flag.start:flag.end] == flag.quote for flag in judge(comment))
+        judge(Comment(text))
