@@ -49,8 +49,9 @@ def choose(logits_BV: Tensor, sampling: Sampling, numbers: list[float]) -> tuple
         numbers: one of `Sampling.numbers` for each row.
     """
     if sampling.temperature == 0:
+        logits_BV = logits_BV.float()  # on a CPU also the maximum is found faster among float32 numbers
         chosen_B1 = logits_BV.argmax(-1, keepdim=True)
-        log_p_BV = logits_BV.float().log_softmax(-1)
+        log_p_BV = logits_BV.log_softmax(-1)
         return chosen_B1[:, 0].tolist(), log_p_BV.gather(1, chosen_B1)[:, 0].tolist()
     log_p_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
     p_BV = log_p_BV.exp()
