@@ -121,7 +121,9 @@ class Decoder:
 
     def take(self, waiting: deque[Row]) -> list[Row]:
         """The waiting rows that enter now."""
-        room, num_tokens, entering = self.cache.num_slots - len(self.slots) + self.slots.count(None), 0, []
+        room = self.cache.num_slots - len(self.slots) + self.slots.count(None)
+        entering: list[Row] = []
+        num_tokens = 0
         while waiting and len(entering) < room and (
                 not entering or num_tokens + len(waiting[0].prompt) <= PREFILL_TOKENS):
             entering.append(waiting.popleft())
