@@ -185,20 +185,25 @@ def table(task: Task, rounds: int, lengths: list[int], apart: tuple[float, float
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     prompts = sorted(len(prompt) for prompt in task.prompts)
     middle = [f"{statistics.median(found):.0f}" for found in (*speeds, *few_speeds)]
-    return f"""{datetime.date.today()}. SmolLM2-135M-Instruct in bf16, LoRA 16 on 7 projections, {NUM_ROWS} rows, {BATCH_ROWS} at a time, greedy.
-Prompts of {prompts[0]} to {prompts[-1]} tokens; answers of {lengths[0]} to {lengths[-1]} (median {statistics.median(lengths):.0f}), {task.max_tokens} allowed.
-{rounds} rounds in turns: medians, and the median (least to most) of the rounds' ratios. {cpu_name()},
-{torch.get_num_threads()} threads, a load of {os.getloadavg()[0]:.1f} at the end; {platform.system()}, Python {platform.python_version()}, {packages}.
-
-| | tokens/s | x transformers | x without a cache |
-|---|---|---|---|
-| transformers' generate, adapters merged into the weights | {middle[0]} | 1 | |
-| this decoder, adapters beside the weights | {middle[1]} | {ratio(speeds[1], speeds[0])} | |
-| {FEWER_ROWS} rows without a cache | {middle[2]} | | 1 |
-| {FEWER_ROWS} rows, this decoder | {middle[3]} | | {ratio(few_speeds[1], few_speeds[0])} |
-
-Log-probabilities in bf16 against one packed training forward pass over prompts and answers: {apart[0]:.1e} apart on average,
-{apart[1]:.1e} at most."""
+    return "\n".join([
+        f"{datetime.date.today()}. SmolLM2-135M-Instruct in bf16, LoRA 16 on 7 projections, {NUM_ROWS} rows, {BATCH_ROWS} at a time, "
+        "greedy.",
+        f"Prompts of {prompts[0]} to {prompts[-1]} tokens; answers of {lengths[0]} to {lengths[-1]} (median "
+        f"{statistics.median(lengths):.0f}), {task.max_tokens} allowed.",
+        f"{rounds} rounds in turns: medians, and the median (least to most) of the rounds' ratios. {cpu_name()},",
+        f"{torch.get_num_threads()} threads, a load of {os.getloadavg()[0]:.1f} at the end; {platform.system()}, "
+        f"Python {platform.python_version()}, {packages}.",
+        "",
+        "| | tokens/s | x transformers | x without a cache |",
+        "|---|---|---|---|",
+        f"| transformers' generate, adapters merged into the weights | {middle[0]} | 1 | |",
+        f"| this decoder, adapters beside the weights | {middle[1]} | {ratio(speeds[1], speeds[0])} | |",
+        f"| {FEWER_ROWS} rows without a cache | {middle[2]} | | 1 |",
+        f"| {FEWER_ROWS} rows, this decoder | {middle[3]} | | {ratio(few_speeds[1], few_speeds[0])} |",
+        "",
+        "Log-probabilities in bf16 against one packed training forward pass over prompts and answers: "
+        f"{apart[0]:.1e} apart on average,",
+        f"{apart[1]:.1e} at most."])
 
 
 def cpu_name() -> str:
