@@ -186,8 +186,8 @@ def table(task: Task, rounds: int, lengths: list[int], apart: tuple[float, float
     prompts = sorted(len(prompt) for prompt in task.prompts)
     middle = [f"{statistics.median(found):.0f}" for found in (*speeds, *few_speeds)]
     return "\n".join([
-        f"{datetime.date.today()}. SmolLM2-135M-Instruct in bf16, LoRA 16 on 7 projections, {NUM_ROWS} rows, {BATCH_ROWS} at a time, "
-        "greedy.",
+        f"{datetime.date.today()}. SmolLM2-135M-Instruct in bf16, LoRA 16 on 7 projections, {NUM_ROWS} rows, {BATCH_ROWS} at a "
+        "time, greedy.",
         f"Prompts of {prompts[0]} to {prompts[-1]} tokens; answers of {lengths[0]} to {lengths[-1]} (median "
         f"{statistics.median(lengths):.0f}), {task.max_tokens} allowed.",
         f"{rounds} rounds in turns: medians, and the median (least to most) of the rounds' ratios. {cpu_name()},",

@@ -76,6 +76,7 @@ def generate(
     """
     if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
         raise ValueError(f"prompt {empty[0]} holds no token, expected at least one")
+    assert stage.is_first and stage.is_last, "a part of a model cannot write"
     was_training = stage.training
     stage.eval()
     try:
