@@ -49,3 +49,13 @@ def test_deterministic_runs_do_not_fill_every_buffer_first(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(was[0])
         torch.utils.deterministic.fill_uninitialized_memory = was[1]
+
+
+@pytest.mark.parametrize("rank, awaited", [
+    (0, "the other ranks to take what rank 0 has read"), (1, "rank 0 to send what it has read")])
+def test_no_rank_waits_for_itself(monkeypatch, rank, awaited):
+    """Found: "rank 0 waited for rank 0 to send what it has read"."""
+    ranks, seen = Ranks(rank, 2), []
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, src: seen.append(ranks.watch.awaited()))
+    ranks.broadcast(torch.zeros(1))
+    assert seen == [awaited]
