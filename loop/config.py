@@ -31,7 +31,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {  # the least and the largest val
     "train.max_grad_norm": (1e-12, 1e12, ""),  # norms are float32, which ends at 3e38
     "train.keep_layers": (0, 1000, ""), "train.max_steps": (1, MOST_STEPS, ", or null"), "train.seed": (0, 2**63 - 1, ""),
     "train.memory_trace": (1, MOST_STEPS, ", or null"),
-    "eval.every": (1, MOST, " steps"), "eval.max_rows": (1, MOST, ", or null for all rows"),
+    "eval.every": (1, MOST, " steps"), "eval.samples": (0, 1000, " rows"), "eval.max_rows": (1, MOST, ", or null for all rows"),
     "checkpoint.every": (1, MOST, " steps"), "checkpoint.every_s": (1, MOST, " seconds"), "checkpoint.keep": (1, MOST, ""),
     "distributed.timeout_s": (1, 7 * 24 * 3600, " seconds"),
 }
@@ -90,6 +90,7 @@ class EvalConfig(Section):
 
     every: int = 200  # optimizer steps
     max_rows: int | None = None  # the first so many rows; null: all
+    samples: int = 0  # held-out rows whose answers are written to samples.jsonl at each evaluation, by a model on one rank
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from loop.evaluate import evaluate
 from loop.memory.phases import Memory, peak_gib
 from loop.metrics import RunLog
 from loop.optim import learning_rate, set_learning_rate, sync_and_clip
+from loop.samples import samples
 from loop.state import State, save, save_on_signals
 from model.moe.usage import load_balance
 
@@ -93,6 +94,8 @@ def conclude(
     if save_now or step % config.eval.every == 0:
         eval_loss, by_source = evaluate(held_out, config.eval.max_rows, forward_only, ranks, memory)
         log.eval(step, eval_loss, by_source, memory.marks(ranks))
+        if state.chat is not None:
+            log.samples(samples(state.stage, held_out.rows, config.eval.samples, step, state.chat))
     if save_now or late:
         log.sync()  # the checkpoint relies on the metrics up to its step
         save(config, state, eval_loss, ranks, log.say)

@@ -22,8 +22,8 @@ from loop.memory.phases import Memory, peak_gib
 from loop.memory.trace import write_page, write_snapshot
 
 DRAW_EVERY_S = 30
-METRICS_FILE, MEMORY_FILE = "metrics.jsonl", "memory.jsonl"
-EVALUATION = {"eval_loss", "stage_busy_s", "eval"}  # keys of lines that an evaluation writes
+METRICS_FILE, MEMORY_FILE, SAMPLES_FILE = "metrics.jsonl", "memory.jsonl", "samples.jsonl"
+EVALUATION = {"eval_loss", "stage_busy_s", "eval", "answer"}  # keys of lines that an evaluation writes
 
 
 class LoadingBar(tqdm):
@@ -90,10 +90,13 @@ class RunLog:
         """Opens the progress bar, metrics.jsonl and memory.jsonl, from which the lines after step `done` are removed, and those
         of the evaluation after it unless `evaluated`."""
         if self.enabled:
-            for name in (METRICS_FILE, MEMORY_FILE):
-                self.files[name] = LineFile(self.run_dir / name, self.say)
-                self.files[name].cut_back(done, evaluated)
+            for name in (METRICS_FILE, MEMORY_FILE, *[SAMPLES_FILE] * (self.run_dir / SAMPLES_FILE).exists()):
+                self.open(name, done, evaluated)
             self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
+
+    def open(self, name: str, done: int, evaluated: bool) -> None:
+        self.files[name] = LineFile(self.run_dir / name, self.say)
+        self.files[name].cut_back(done, evaluated)
 
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         if name in self.files:
@@ -137,6 +140,14 @@ class RunLog:
         self.say(f"step {step}  eval loss {loss:.4f}{sources}")
         if time.monotonic() - self.drawn_at > DRAW_EVERY_S:
             self.draw_pictures()
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        """Appends what the model wrote to samples.jsonl, and shows the answer to the first row."""
+        if SAMPLES_FILE not in self.files:
+            self.open(SAMPLES_FILE, 0, evaluated=True)
+        self.append(SAMPLES_FILE, records)
+        shown = records[0]
+        self.say(f"step {shown['step']}  answer to held-out line {shown['line']}: {' '.join(shown['answer'].split())}")
 
     def draw_pictures(self) -> None:
         """Draws curves.png and memory.png, unless nothing was recorded since they were drawn last."""

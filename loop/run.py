@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from data.batches import Batches
+from data.chat import ChatFormat
 from data.files import open_regular, sync
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
@@ -169,7 +170,16 @@ def load_state(
     adapters = stage.adapters()
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
     memory.attach(stage.model, adapters.values(), optimizer)
-    return State(stage, adapters, optimizer, settings, checksums, newest)
+    return State(stage, adapters, optimizer, settings, checksums, newest, load_chat(config, model_dir, ranks, say))
+
+
+def load_chat(config: Config, model_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> ChatFormat | None:
+    """What `eval.samples` needs, on the rank that writes the answers."""
+    if config.eval.samples and ranks.num_stages > 1:
+        say("no samples.jsonl is written: eval.samples needs the whole model on one rank")
+    elif config.eval.samples and ranks.is_main:
+        return ChatFormat(load_tokenizer(model_dir), config.data.think)
+    return None
 
 
 def headline(batches: Batches, state: State, ranks: Ranks) -> str:

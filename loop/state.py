@@ -12,6 +12,7 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
+from data.chat import ChatFormat
 from data.files import write_text
 from loop import checkpoint
 from loop.config import Config, to_yaml
@@ -32,6 +33,7 @@ class State:
     settings: Course = field(default_factory=dict)  # on rank 0
     checksums: dict[str, int] = field(default_factory=dict)  # of the base model's tensors
     newest: Path | None = None  # the checkpoint to continue from, on rank 0
+    chat: ChatFormat | None = None  # on rank 0, where the whole model is there and `eval.samples` asks for answers
     step: int = 0  # optimizer steps done
     evaluated: bool = True  # whether the evaluation after this step was made, if one is due; not so after a stop by a signal
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "config", "checkpoint", "curves"},
     {"distributed"},
     {"memory", "optim", "identity"},
-    {"accumulate", "evaluate", "metrics", "state", "planned", "paths"},
+    {"accumulate", "evaluate", "metrics", "state", "planned", "paths", "samples"},
     {"fit", "pipeline", "run"},
     {"plan", "review", "check", "inspect", "out_of_memory"},
 ]
