@@ -162,20 +162,22 @@ def launch(arguments: list[str]) -> int:
     parser.add_argument("--node-rank", type=int, default=0, metavar="K", help="this host's number, from 0 (0)")
     parser.add_argument("--master-addr", default="127.0.0.1", metavar="HOST", help="name or address of host 0")
     parser.add_argument("--master-port", type=int, metavar="PORT", help="a free port there; one host finds one itself")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, default=[], metavar="MODULE ...", help="or a module")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="such as train.py --config FILE")
     asked = parser.parse_args(arguments)
-    if not asked.command or min(asked.nproc_per_node, asked.nnodes) < 1 or not 0 <= asked.node_rank < asked.nnodes:
+    command = ["-m", *asked.module] if asked.module else asked.command
+    if not command or min(asked.nproc_per_node, asked.nnodes) < 1 or not 0 <= asked.node_rank < asked.nnodes:
         parser.error("expected at least one rank and one host, a host's number below that of all hosts, and a script")
     if asked.nnodes > 1 and asked.master_port is None:
         parser.error("several hosts need --master-addr HOST and --master-port PORT of host 0")
-    check_script(asked.command, has_rows=asked.node_rank == 0)
+    check_script(command, has_rows=asked.node_rank == 0)
     environment = {
         "OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(asked.nnodes * asked.nproc_per_node),
         "GROUP_RANK": str(asked.node_rank), "MASTER_ADDR": asked.master_addr,
         "MASTER_PORT": str(asked.master_port or free_port())}
     for name in [name for name in environment if name.startswith("TORCHELASTIC_")]:  # of a launcher around this one
         del environment[name]
-    ranks = Launched(asked.command, environment, asked.node_rank * asked.nproc_per_node, asked.nproc_per_node)
+    ranks = Launched(command, environment, asked.node_rank * asked.nproc_per_node, asked.nproc_per_node)
     ranks.wait()
     ranks.say_killed()
     return exit_status(ranks.ended.values())
