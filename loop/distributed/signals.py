@@ -69,6 +69,7 @@ class Signals:
         self.save: Callable[[int], str] | None = None  # saves the step, on all ranks together, and says what was done
         self.updated: Any = None  # on a GPU, what the last update has recorded: it may still be computing
         self.watch, self.store, self.group = Watch(), None, None  # type: Watch, Any, dist.ProcessGroup | None
+        self.before: dict[int, Any] = {}  # handlers, by signal
         self.stopped_at: float | None = None
         self.is_finished = False  # whether all is saved that the run was to train
         self.lock = threading.Lock()
@@ -80,14 +81,14 @@ class Signals:
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)  # wakes the thread even if the main thread is in a collective
         for number in heeded():
-            signal.signal(number, lambda *_: None)
+            self.before[number] = signal.signal(number, lambda *_: None)
         threading.Thread(target=self.read_signals, args=(woken,), name="signals", daemon=True).start()
 
     def listen_no_more(self) -> None:
-        """Gives signals back their usual effect, after a run."""
+        """Gives signals back the effect that they had before `listen`."""
         signal.set_wakeup_fd(-1)
-        for number in heeded():
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def connect(self, store: Any, group: dist.ProcessGroup) -> None:
         """Lets a signal to one rank stop all.
