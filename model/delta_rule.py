@@ -20,7 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.devices import OFF, on_gpu
 from model.mixers import Segments
-from model.ops.gated_delta import CHUNK, gated_delta_rule
+from model.ops.gated_delta import (
+    CHUNK,
+    gated_delta_rule,
+    gated_delta_rule_with_state,
+)
 
 # T tokens of the stream, D hidden size, R segments; of a padded batch: B rows, L positions; C channels of queries, keys and
 # values side by side, H value heads, G key heads, V and K their sizes, W width of the convolution, N positions near a bound
@@ -40,7 +44,10 @@ def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
     qkv_1TC, z_1TX = module.in_proj_qkv(x_1TD), module.in_proj_z(x_1TD)
     beta_1TH = module.in_proj_b(x_1TD).sigmoid()
     g_1TH = -module.A_log.float().exp() * F.softplus(module.in_proj_a(x_1TD).float() + module.dt_bias)
-    o_1THV = mixed(qkv_1TC, g_1TH, beta_1TH, module.conv1d.weight, module.num_k_heads, module.head_k_dim, segments)
+    if segments.memory is not None:
+        o_1THV = segments.memory.delta_rule(module, qkv_1TC, g_1TH, beta_1TH, segments)
+    else:
+        o_1THV = mixed(qkv_1TC, g_1TH, beta_1TH, module.conv1d.weight, module.num_k_heads, module.head_k_dim, segments)
     return module.out_proj(module.norm(o_1THV, z_1TX.view(o_1THV.shape)).flatten(2))
 
 
@@ -65,6 +72,23 @@ def rule_in_batches(
         for r, o_LHV in zip(batch, o_BLHV):
             outputs[r] = o_LHV[: segments.lengths[r]]
     return torch.cat(outputs)[None]
+
+
+def rule_with_states(
+    qkv_1TC: Tensor, g_1TH: Tensor, beta_1TH: Tensor, weight_C1W: Tensor, key_heads: int, key_size: int, segments: Segments
+) -> tuple[Tensor, list[Tensor]]:
+    """As `rule_in_batches`, without a backward pass, and the state after each segment: R times [H, K, V] in float32."""
+    stream_RLX = [x[0].split(segments.lengths) for x in (qkv_1TC, g_1TH, beta_1TH)]
+    outputs: list[Any] = [None] * len(segments.lengths)
+    states: list[Any] = [None] * len(segments.lengths)
+    for batch in similar(segments.lengths):
+        qkv_BLC, g_BLH, beta_BLH = (pad_sequence([x[r] for r in batch], batch_first=True) for x in stream_RLX)
+        qkv_BLC = CausalConvolution.apply(qkv_BLC, weight_C1W)
+        # padding has decay 1 and beta 0, so that it leaves the state as the row's last position left it
+        o_BLHV, state_BHKV = gated_delta_rule_with_state(qkv_BLC, g_BLH, beta_BLH, key_heads, key_size)
+        for r, o_LHV, state_HKV in zip(batch, o_BLHV, state_BHKV):
+            outputs[r], states[r] = o_LHV[: segments.lengths[r]], state_HKV
+    return torch.cat(outputs)[None], states
 
 
 def rule_over_stream(

@@ -7,7 +7,7 @@ import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,25 @@ from model.devices import OFF, on_gpu
 PACKED = "packed"  # the name by which build.py asks transformers for `packed_attention`
 
 
+class Memory(Protocol):
+    """What a decoder keeps of each layer from token to token (model/decode/cache.py). Takes the mixers' place."""
+
+    def attention(
+        self, layer: int, q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, segments: Segments
+    ) -> Tensor:
+        """Output [1, T, H, E], as of `stream_attention`."""
+
+    def delta_rule(self, module: Any, qkv_1TC: Tensor, g_1TH: Tensor, beta_1TH: Tensor, segments: Segments) -> Tensor:
+        """Output [1, T, H, V], as of `mixed` in model/delta_rule.py."""
+
+
 @dataclass(frozen=True)
 class Segments:
     """Where the rows of a packed stream begin and end: a device tensor for kernels, plain numbers for slicing."""
 
     cu_seqlens_R1: Tensor  # int32
     lengths: tuple[int, ...]
+    memory: Memory | None = None  # only while decoding
 
     @cached_property
     def for_kernels(self) -> tuple[Tensor, Tensor]:
@@ -41,15 +54,20 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment; called by transformers' attention modules.
 
-    On a GPU in half precision one call of flash attention for the whole stream (the fast path "attention"), else one call
-    for each segment.
-
     Returns:
         Output [1, T, H, E], and None in place of the attention weights.
     """
+    if segments.memory is not None:
+        return segments.memory.attention(module.layer_idx, q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
+    return stream_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
+
+
+def stream_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, segments: Segments) -> Tensor:
+    """On a GPU in half precision one call of flash attention for the whole stream (the fast path "attention"), else one call
+    for each segment: [1, T, H, E]."""
     if on_gpu(q_1HTE) and q_1HTE.dtype != torch.float32 and "attention" not in OFF:
-        return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
-    return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths), None
+        return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments)
+    return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths)
 
 
 def plain_attention(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,10 +19,8 @@ from loop.errors import run_command
 from loop.run import load_tokenizer
 from loop.state import load_adapters
 from model.build import build
-from model.decode.greedy import generate
+from model.decode.generate import generate
 from model.lora import adapters_off
-from model.quant import kept_dequantized
-from model.stages import Stage
 from model.weights.fetch import model_directory
 
 
@@ -43,26 +40,29 @@ def main() -> None:
     stage = build(model_dir, config.model.base, config.lora, seed=config.train.seed, device=device, recompute=False)
     load_adapters(stage.adapters(), checkpoint.load(path).adapter)
 
+    rows = [row for row in read_rows(config.data.eval, config.data.sources, config.data.think)
+            if isinstance(row, Row) and len(row.turns) == 1]  # one question and one answer
+    shown = [rows[i * len(rows) // args.rows] for i in range(min(args.rows, len(rows)))]
+    prompts = [prompt_ids(row, chat) for row in shown]
+    with adapters_off(stage):
+        before = generate(stage, prompts, stop_id=chat.stop_id, max_tokens=args.max_tokens)
+    after = generate(stage, prompts, stop_id=chat.stop_id, max_tokens=args.max_tokens)
     print(f"What the model writes on rows it was not trained on, before training and after it ({path}):")
-    # on the CPU dequantizing anew for every token takes most of the time, and memory is plentiful
-    with kept_dequantized(stage) if device.type == "cpu" else nullcontext():
-        rows = [row for row in read_rows(config.data.eval, config.data.sources, config.data.think)
-                if isinstance(row, Row) and len(row.turns) == 1]  # one question and one answer
-        for i in range(min(args.rows, len(rows))):
-            show(rows[i * len(rows) // args.rows], stage, chat, args.max_tokens, config.data.eval)
+    for row, *answers in zip(shown, before, after):
+        show(row, [chat.tokenizer.decode(answer.text_ids) for answer in answers], config.data.eval)
 
 
-def show(row: Row, stage: Stage, chat: ChatFormat, max_tokens: int, path: str) -> None:
+def prompt_ids(row: Row, chat: ChatFormat) -> list[int]:
+    text = chat.prompt(row.messages[:-1], thinking=row.turns[-1].thought is not None)
+    ids: list[int] = chat.tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def show(row: Row, answers: list[str], path: str) -> None:
     """Prints one row: its question, both answers and the reference."""
     *context, reference = row.messages
-    text = chat.prompt(context, thinking=row.turns[-1].thought is not None)
-    prompt = chat.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    with adapters_off(stage):
-        before = generate(stage, prompt, max_tokens, chat.stop_id)
-    after = generate(stage, prompt, max_tokens, chat.stop_id)
     print(f"\n{'=' * 100}\n{path}:{row.line}\n{context[-1]['content']}")
-    texts = {"before": chat.tokenizer.decode(before), "after": chat.tokenizer.decode(after), "reference": reference["content"]}
-    for title, text in texts.items():
+    for title, text in zip(("before", "after", "reference"), (*answers, reference["content"])):
         print(f"\n{title}:\n{textwrap.indent(textwrap.fill(' '.join(text.split()), 96), '    ')}")
 
 

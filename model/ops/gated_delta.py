@@ -38,6 +38,23 @@ def gated_delta_rule(qkv_BLX: Tensor, g_BLH: Tensor, beta_BLH: Tensor, key_heads
     return GatedDeltaRule.apply(qkv_BLX, g_BLH, beta_BLH, key_heads, key_size)
 
 
+@torch.no_grad()
+def gated_delta_rule_with_state(
+    qkv_BLX: Tensor, g_BLH: Tensor, beta_BLH: Tensor, key_heads: int, key_size: int
+) -> tuple[Tensor, Tensor]:
+    """As `gated_delta_rule`, without a backward pass, and the state after the last position: [B, H, K, V] in float32."""
+    inputs = Heads.of(qkv_BLX, g_BLH, beta_BLH, key_heads, key_size)
+    o_BLHV = torch.empty_like(inputs.v_BLHV, memory_format=torch.contiguous_format)
+    states: list[Tensor] = []
+    for spans in inputs.blocks():
+        state_PKV = None
+        for span in spans:
+            state_PKV = forward_block(inputs.part(span), state_PKV, span.of(o_BLHV, inputs.ratio))
+        assert state_PKV is not None
+        states.append(state_PKV.unflatten(0, (len(qkv_BLX), -1)))  # of this block's heads
+    return o_BLHV, torch.cat(states, dim=1)
+
+
 class GatedDeltaRule(torch.autograd.Function):
     """Runs block by block: forward in order, passing the state on; backward in reverse, passing the state's gradient on."""
 
