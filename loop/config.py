@@ -34,6 +34,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {  # the least and the largest val
     "eval.every": (1, MOST, " steps"), "eval.max_rows": (1, MOST, ", or null for all rows"),
     "checkpoint.every": (1, MOST, " steps"), "checkpoint.every_s": (1, MOST, " seconds"), "checkpoint.keep": (1, MOST, ""),
     "distributed.timeout_s": (1, 7 * 24 * 3600, " seconds"),
+    "review.least_votes": (1, MOST, ""), "review.significance": (1e-6, 0.5, ""), "review.more_wrong": (0, 1, ""),
 }
 MOST_BYTES = 64 * 1024  # of a configuration; those in configs/ have 2,000
 DEEPEST = 10  # sections and lists within each other; PyYAML's parser in C overflows its stack at some ten thousand
@@ -109,6 +110,15 @@ class DistributedConfig(Section):
 
 
 @dataclass(frozen=True)
+class ReviewConfig(Section):
+    """What makes the verdict of `python -m loop.review` a go; fixed before the first vote."""
+
+    least_votes: int = 40
+    significance: float = 0.05  # of the exact one-sided sign test that the tuned model beats the base where one is better
+    more_wrong: float = 0.1  # how far the share of its comments with wrong facts may lie above the references'
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """How pipeline_train.py splits the model; train.py ignores this section."""
 
@@ -143,6 +153,7 @@ class Config:
     resume: Literal["auto", "never", "force"] = "auto"  # continue the run in its directory, start anew, or continue anyway
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # for pipeline_train.py
+    review: ReviewConfig = field(default_factory=ReviewConfig)
     log: str = "/tmp/chess-train.log"  # the console's lines, appended
 
     def __post_init__(self) -> None:
