@@ -112,6 +112,9 @@ def serve(review: Review, args: argparse.Namespace) -> None:
     token = keyed(review.secret, "link")  # the same after a restart, so that an open page goes on
     link = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/?token={token}"
     cookie = "review-" + hashlib.sha256(f"{review.directory.resolve()} {port}".encode()).hexdigest()[:8]
+    if len(review.pairs) < review.rules.least_votes:
+        print(f"warning: {len(review.pairs)} held-out rows can be compared, and a go takes {review.rules.least_votes} votes: "
+              "give more rows, or fewer votes before the first one with --set review.least_votes=N")
     num_voted = len(votes.standing.keys() & review.pairs.keys())
     print(f"{num_voted} of {len(review.pairs)} positions have a vote. The page, until Ctrl-C: {link}", flush=True)
     hosts = LOCAL if host in LOCAL else () if host in ("0.0.0.0", "::") else (host,)

@@ -51,7 +51,8 @@ class Pair:
 
     @property
     def prompt(self) -> str:
-        return "\n\n".join(message["content"] for message in self.row["messages"][:-1])
+        """What was asked; the system message is the same for all rows."""
+        return "\n\n".join(message["content"] for message in self.row["messages"] if message["role"] == "user")
 
     @cached_property
     def flags(self) -> dict[str, list[Flag]]:

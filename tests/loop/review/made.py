@@ -56,8 +56,8 @@ def write_made(run_dir, comments, rules=ReviewConfig(), rows=None):
         made = {system: comment(text) for system, text in zip(("base", "tuned", "rival"), texts)}
         pairs.append({"line": number, "row": one,
                       "comments": made | {"reference": comment(one["messages"][-1]["content"])}})
-    described = {"systems": {"base": "the untuned model", "tuned": f"the tuned model ({path})", "rival": "the tuned model (other)"},
-                 "max_tokens": 9, "eval": str(held_out), "model": "gone/model", "checkpoints": [str(path)], "pairs": pairs}
+    systems = {"base": "the untuned model", "tuned": f"the tuned model ({path})", "rival": "the tuned model (other)"}
+    described = {"systems": systems, "max_tokens": 9, "eval": str(held_out), "model": "gone/model", "checkpoints": [str(path)], "pairs": pairs}
     write_text(run_dir / "review/review.json", json.dumps(described))
     return open_review(run_dir)
 
@@ -70,7 +70,9 @@ class Served:
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(run_dir), str(port)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)})
-        self.said = self.process.stdout.readline()
+        self.said = ""
+        while "http://" not in self.said and self.process.poll() is None:
+            self.said += self.process.stdout.readline()
         self.link = re.search(r"http://\S+", self.said)[0]
         self.site, self.token = self.link.split("/?token=")
         self.port = int(self.site.rsplit(":", 1)[1])

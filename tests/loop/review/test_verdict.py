@@ -34,7 +34,7 @@ def test_what_a_vote_says_of_two_systems(best, second, first, other, expected):
     assert outcome(vote(best, second), other, first) == -expected
 
 
-@pytest.mark.parametrize("won, lost, even", [(0, 0, 7), (1, 0, 0), (5, 0, 3), (9, 3, 1), (30, 15, 5), (15, 30, 0), (20, 20, 20)])
+@pytest.mark.parametrize("won, lost, even", [(0, 0, 7), (1, 0, 0), (5, 0, 3), (9, 3, 1), (30, 15, 5), (15, 30, 0), (9, 9, 9)])
 def test_counts_equal_scipys(won, lost, even):
     votes = [vote("A")] * won + [vote("B")] * lost + [vote("C")] * even
     found = compared(votes, "tuned", "base")
@@ -81,7 +81,8 @@ def test_a_go_needs_every_rule(tmp_path):
     assert found["go"] and [rule["holds"] for rule in found["rules"]] == [True] * 3
     assert found["checks"]["base"]["wrong"] == 8 and found["checks"]["tuned"]["wrong"] == 0
     assert found["phases"]["opening"]["won"] == 6
-    assert {key: (one["pairs"], one["won"]) for key, one in found["classifications"].items()} == {"good": (4, 3), "mistake": (4, 3)}
+    by_class = {key: (one["pairs"], one["won"]) for key, one in found["classifications"].items()}
+    assert by_class == {"good": (4, 3), "mistake": (4, 3)}
     assert found["tags"]["base"]["wrong fact"] == 6
 
 
@@ -103,13 +104,13 @@ def verified(run_dir, capsys):
 
 
 CHANGES = {
-    "step-00000007/adapter_model.safetensors": lambda run: (run / "step-00000007/adapter_model.safetensors").write_bytes(b"other"),
+    "7/adapter_model.safetensors": lambda run: replace(run / "step-00000007/adapter_model.safetensors", "weights", "weighty"),
     "eval.jsonl:3": lambda run: replace(run / "eval.jsonl", "White plays 3. Bb5 (2)", "White plays 3. Bb5 (x)"),
     "votes.jsonl": lambda run: replace(run / "review/votes.jsonl", "0000000000000003", "0000000000000009"),
     "review.json": lambda run: replace(run / "review/review.json", GOOD, "A move."),
     "config.yaml": lambda run: replace(run / "config.yaml", "made", "mine"),
     "rules.json": lambda run: replace(run / "review/rules.json", "5", "4"),
-    "verdict.json: go is False, computed again True": lambda run: replace(run / "review/verdict.json", '"go": true', '"go": false'),
+    "go is False, computed again True": lambda run: replace(run / "review/verdict.json", '"go": true', '"go": false'),
 }
 
 
@@ -161,7 +162,8 @@ def test_the_report_stands_alone_and_is_escaped(tmp_path):
     tags, handlers = set(), []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: (
-        tags.add(tag), handlers.extend(name for name, _ in attributes if name.startswith("on") or name in ("src", "href")))
+        tags.add(tag),         handlers.extend(name for name, value in attributes if name.startswith("on") or "src" in name
+                        or "href" in name and not value.startswith("#")))
     parser.feed(page)
     assert not tags & {"script", "img", "template", "b", "i", "iframe", "link", "object"} and not handlers
     assert page.index("Content-Security-Policy") < page.index("<title>")
