@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.limits import DEEPEST, check_nesting
 from data.records import DataConfig
 from model.config import LoraConfig, ModelConfig
 
@@ -37,7 +38,6 @@ BOUNDS: dict[str, tuple[float, float, str]] = {  # the least and the largest val
     "review.least_votes": (1, MOST, ""), "review.significance": (1e-6, 0.5, ""), "review.more_wrong": (0, 1, ""),
 }
 MOST_BYTES = 64 * 1024  # of a configuration; those in configs/ have 2,000
-DEEPEST = 10  # sections and lists within each other; PyYAML's parser in C overflows its stack at some ten thousand
 LONGEST = 240  # characters of what an error repeats
 
 
@@ -199,7 +199,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"{path}: over {MOST_BYTES:,} bytes, expected a configuration file, such as configs/4b.yaml")
     try:
         text = raw.decode("utf-8-sig")
-        check_nesting(text, path)
+        check_nesting(text)
         loaded = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: thousands of digits
         raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
@@ -210,24 +210,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     with errors_begin_with(path):
         merged: Any = OmegaConf.merge(OmegaConf.structured(Config), loaded)
     return overridden(merged, overrides or [], str(path))
-
-
-def check_nesting(text: str, path: str | Path) -> None:
-    """Reads YAML event by event, without recursion.
-
-    Raises:
-        ValueError: the YAML is nested too deep, or has aliases, with which a few lines can describe more than memory holds.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        if depth > DEEPEST:
-            raise ValueError(f"line {line} is nested more than {DEEPEST} deep, expected sections with their settings")
-        if depth == 0 and isinstance(event, yaml.ScalarEvent):
-            raise ValueError(f"expected sections such as model: and train:, found {shortened(event.value)!r}")
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {line} has an alias, *{event.anchor}, which is not supported: write the value itself")
 
 
 def overridden(config: Config | DictConfig, overrides: list[str], where: str = "the configuration") -> Config:

@@ -57,7 +57,8 @@ def write_made(run_dir, comments, rules=ReviewConfig(), rows=None):
         pairs.append({"line": number, "row": one,
                       "comments": made | {"reference": comment(one["messages"][-1]["content"])}})
     systems = {"base": "the untuned model", "tuned": f"the tuned model ({path})", "rival": "the tuned model (other)"}
-    described = {"systems": systems, "max_tokens": 9, "eval": str(held_out), "model": "gone/model", "checkpoints": [str(path)], "pairs": pairs}
+    described = {"systems": systems, "max_tokens": 9, "eval": str(held_out), "model": "gone/model", "checkpoints": [str(path)],
+                 "pairs": pairs}
     write_text(run_dir / "review/review.json", json.dumps(described))
     return open_review(run_dir)
 

@@ -75,8 +75,9 @@ def test_rows_are_spread_evenly_and_those_with_a_position_come_first(source, tmp
 
 
 def run_command(run_dir, *options):
-    return subprocess.run([sys.executable, "-m", "loop.review", str(run_dir), *options], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "-m", "loop.review", str(run_dir), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def test_from_a_finished_run_to_a_verdict(source):
@@ -108,6 +109,6 @@ def test_from_a_finished_run_to_a_verdict(source):
     (["--set", "review.least_votes=0"], "review.least_votes is 0, expected 1 to"), (["--verify"], "no review there"),
     (["--checkpoint", "x"], "--checkpoint is 'x'"),
 ])
-def test_mistakes_are_named_in_one_line(finished_run, options, problem):
-    done = run_command(finished_run, "--no-browser", *options)
+def test_mistakes_are_named_in_one_line(source, options, problem):
+    done = run_command(source.run_dir, "--no-browser", *options)
     assert done.returncode == 2 and problem in done.stderr and done.stderr.count("\n") == 1, done.stderr

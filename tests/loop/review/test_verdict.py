@@ -161,9 +161,13 @@ def test_the_report_stands_alone_and_is_escaped(tmp_path):
     page = write_report(review, votes, conclude(review, votes, "<i>Eve</i>")).read_text()
     tags, handlers = set(), []
     parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: (
-        tags.add(tag),         handlers.extend(name for name, value in attributes if name.startswith("on") or "src" in name
-                        or "href" in name and not value.startswith("#")))
+
+    def see(tag, attributes):
+        tags.add(tag)
+        handlers.extend(name for name, value in attributes if name.startswith("on") or "src" in name
+                        or "href" in name and not value.startswith("#"))
+
+    parser.handle_starttag = see
     parser.feed(page)
     assert not tags & {"script", "img", "template", "b", "i", "iframe", "link", "object"} and not handlers
     assert page.index("Content-Security-Policy") < page.index("<title>")
