@@ -88,7 +88,7 @@ def serve(review: Review, args: argparse.Namespace) -> None:
     """Serves the page until the process is stopped."""
     import uvicorn
 
-    from loop.review.pairs import VOTES, keyed
+    from loop.review.pairs import VERDICT, VOTES, keyed
     from loop.review.report import write_report
     from loop.review.server import application
     from loop.review.verdict import as_lines, conclude
@@ -98,7 +98,10 @@ def serve(review: Review, args: argparse.Namespace) -> None:
 
     def verdict() -> list[str]:
         reached = conclude(review, votes, args.reviewer)
-        return [*as_lines(reached), f"Written: {review.directory / 'verdict.json'} and {write_report(review, votes, reached)}"]
+        lines = as_lines(reached)
+        written = f"Written: {review.directory / VERDICT} and {write_report(review, votes, reached)}"
+        print(lines[0], written, flush=True)
+        return [*lines, written]
 
     host = args.host or LOCAL[0]
     try:

@@ -1,5 +1,5 @@
 """Writes the verdict as a page that stands alone and can be sent: counts, and every position with its comments and vote.
-Some 20 KB a position, most of it the board."""
+Some 30 KB a position, most of it the board."""
 
 from __future__ import annotations
 
