@@ -19,6 +19,7 @@ from data.records import Row, open_rows, read_rows
 from loop import checkpoint
 from loop.config import Config
 from loop.review.checks import normalized, position_of, without_thought
+from loop.review.engine import NODES, Stockfish, find_stockfish, left_out
 from loop.review.lines import append_line, read_lines
 from loop.review.pairs import REVIEW
 from loop.review.samples import prompt_ids
@@ -30,7 +31,7 @@ from model.lora import adapters_off
 from model.weights.fetch import model_directory
 from model.weights.identity import quick_identity
 
-ANSWERS = "answers.jsonl"
+ANSWERS, ENGINE = "answers.jsonl", "engine.jsonl"
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,36 @@ def write_review(directory: Path, sources: list[Source], num_rows: int, max_toke
         answers[system] = answers_of(directory, source, rows, max_tokens, tuned=True)
         systems[system] = f"the tuned model ({source.path})"
     trained_on, pairs = training_texts(first.config), []
-    for index, row in enumerate(rows):
+    for index, (row, engine) in enumerate(zip(rows, asked_engine(directory, rows))):
         comments = {system: answers[system][index] for system in answers}
         for comment in comments.values():
             comment["trained_on"] = normalized(comment["text"]) in trained_on
         comments["reference"] = {"text": row.reference, "at_limit": False, "trained_on": False}
-        pairs.append({"line": row.row.line, "row": row.raw, "comments": comments})
+        pairs.append({"line": row.row.line, "row": row.raw, "comments": comments, "engine": engine})
     described = {"systems": systems, "max_tokens": max_tokens, "eval": first.config.data.eval, "pairs": pairs,
                  "checkpoints": [str(source.path) for source in sources], "model": first.config.model.path}
     write_text(directory / REVIEW, json.dumps(described, ensure_ascii=False, indent=1) + "\n")
+
+
+def asked_engine(directory: Path, rows: list[HeldOut]) -> list[dict[str, Any] | None]:
+    """What Stockfish thinks of each row's move, asked once; None where the row has no move, or Stockfish is missing."""
+    if find_stockfish() is None:
+        print(left_out())
+        return [None] * len(rows)
+    positions = [position_of(row.raw) for row in rows]
+    keys = [f"{board.fen()} {move.uci()} {NODES}" if board and move else "" for board, move in positions]
+    written = {line["key"]: line for line in read_lines(directory / ENGINE)}
+    missing = [index for index, key in enumerate(keys) if key and key not in written]
+    if missing:
+        with Stockfish() as engine:
+            for index in tqdm(missing, unit="move", desc="Stockfish"):
+                board, move = positions[index]
+                assert board is not None and move is not None
+                found = engine.verdict(board, move)
+                line = {"key": keys[index], "engine": engine.name, "verdict": {**found._asdict(), "best": found.best.uci()}}
+                append_line(directory / ENGINE, line)
+                written[keys[index]] = line
+    return [written.get(key) for key in keys]
 
 
 def training_texts(config: Config) -> frozenset[str]:

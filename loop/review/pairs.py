@@ -21,6 +21,8 @@ from data.files import write_text
 from loop.checkpoint import read_json
 from loop.config import ReviewConfig
 from loop.review.checks import judge, normalized, position_of
+from loop.review.engine import MATE_CP, judge_strength
+from loop.review.strength import Verdict
 from loop.review.words import SAN, SQUARE, Comment, Flag, parsed
 
 REVIEW, SECRET, RULES, VOTES, VERDICT = "review.json", "secret", "rules.json", "votes.jsonl", "verdict.json"
@@ -39,6 +41,7 @@ class Pair:
     row: dict[str, Any]
     comments: dict[str, dict[str, Any]]  # by system: text, at_limit, and whether a training row has this text
     order: tuple[str, ...]  # the systems in the order of the letters
+    engine: dict[str, Any] | None = None  # its name and its verdict on the row's move
 
     @cached_property
     def position(self) -> tuple[chess.Board, chess.Move] | tuple[None, None]:
@@ -59,9 +62,25 @@ class Pair:
         """What the automatic checks find, by system."""
         board, move = self.position
         metadata = self.row.get("metadata") or {}
-        return {system: judge(Comment(comment["text"], board, move, metadata, comment["at_limit"],
-                                      frozenset([normalized(comment["text"])] if comment["trained_on"] else [])))
-                for system, comment in self.comments.items()}
+        found = {}
+        for system, given in self.comments.items():
+            trained_on = frozenset([normalized(given["text"])] if given["trained_on"] else [])
+            comment = Comment(given["text"], board, move, metadata, given["at_limit"], trained_on)
+            found[system] = judge(comment) + (judge_strength(comment, self.strength) if self.strength else [])
+        return found
+
+    @property
+    def strength(self) -> Verdict | None:
+        given = self.engine["verdict"] if self.engine else None
+        return Verdict(**{**given, "best": chess.Move.from_uci(given["best"])}) if given else None
+
+    @property
+    def strength_text(self) -> str:
+        """What the engine thinks of the row's move."""
+        if self.engine is None or (found := self.strength) is None:
+            return ""
+        return (f"{self.engine['engine']}: {in_words(found.before_cp)} with the best move, {in_words(found.after_cp)} with the "
+                f"move played. Best line: {found.line}")
 
     def parts(self, text: str) -> list[tuple[str, str]]:
         """The text in pieces; beside a piece that names a move or a square stands what the board can show of it."""
@@ -138,18 +157,26 @@ def open_review(run_dir: Path) -> Review:
         raise ValueError(f"{directory}: no review there. Begin one: python -m loop.review {run_dir}")
     described = read_json(directory / REVIEW)
     secret = bytes.fromhex((directory / SECRET).read_text())
-    pairs = [shuffled(secret, item["line"], item["row"], item["comments"]) for item in described["pairs"]]
+    pairs = [shuffled(secret, item["line"], item["row"], item["comments"], item.get("engine")) for item in described["pairs"]]
     return Review(directory, described, secret, {pair.id: pair for pair in pairs},
                   ReviewConfig(**read_json(directory / RULES)))
 
 
-def shuffled(secret: bytes, line: int, row: dict[str, Any], comments: dict[str, dict[str, Any]]) -> Pair:
+def shuffled(
+    secret: bytes, line: int, row: dict[str, Any], comments: dict[str, dict[str, Any]], engine: dict[str, Any] | None = None
+) -> Pair:
     """A pair in an order that only who has the secret can compute. Other comments make another pair: its votes start anew."""
     described = json.dumps([line, row, [comments[system] for system in sorted(comments)]], sort_keys=True)
     identity = keyed(secret, described)
     order = sorted(comments, key=SYSTEMS.index)
     random.Random(keyed(secret, f"order {identity}")).shuffle(order)
-    return Pair(identity[:20], line, row, comments, tuple(order))
+    return Pair(identity[:20], line, row, comments, tuple(order), engine)
+
+
+def in_words(centipawns: int) -> str:
+    """An evaluation for the mover in pawns, or as a mate."""
+    moves = MATE_CP - abs(centipawns)
+    return f"{'' if centipawns > 0 else '-'}mate in {moves}" if moves < 1000 else f"{centipawns / 100:+.2f}"
 
 
 def keyed(secret: bytes, text: str) -> str:

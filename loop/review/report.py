@@ -82,5 +82,6 @@ def position(review: Review, pair: Pair, vote: Vote | None) -> str:
     best = vote["best"] if vote else ""
     said = {"": "no vote", "tie": "equally good", "bad": "none is good"}.get(best, f"{best} is best")
     note = f'<p dir="auto">{escape(vote["note"])}</p>' if vote and vote["note"] else ""
-    return (f'<main><section>{board}<pre dir="auto">{escape(pair.prompt)}</pre></section><section>'
+    return (f'<main><section>{board}<pre dir="auto">{escape(pair.prompt)}</pre>'
+            f'<p>{escape(pair.strength_text)}</p></section><section>'
             f'<h2>Line {pair.line}: {said}</h2>{note}{"".join(cards)}</section></main>')

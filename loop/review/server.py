@@ -164,7 +164,7 @@ def revealed(review: Review, pair: Pair, votes: Votes) -> dict[str, Any]:
                      "flags": [f"{flag.check.replace('_', ' ')}: “{flag.quote[:200]}” ({flag.why})"
                                for flag in pair.flags[system]]}
             for letter, system in pair.by_letter.items()}
-    return {"vote": {key: vote[key] for key in ("best", "second", "tags", "note")}, "told": told}
+    return {"vote": {key: vote[key] for key in ("best", "second", "tags", "note")}, "told": told, "engine": pair.strength_text}
 
 
 async def body(request: Request) -> dict[str, Any]:

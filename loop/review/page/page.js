@@ -127,6 +127,7 @@ function update() {
   $("note").disabled = voted;
   $("save-text").textContent = voted ? "Go on" : "Save the vote";
   const number = pairs.findIndex((one) => one.id === pair.id) + 1;
+  $("engine").textContent = pair.engine || "";
   $("choice").textContent = `Position ${number} of ${pairs.length}: ${voted ? "your vote is saved." : chosen()}`;
 }
 

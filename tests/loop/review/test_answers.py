@@ -10,10 +10,14 @@ import sys
 import pytest
 
 from loop.config import load_config
-from loop.review.answers import ANSWERS, Source, find_checkpoint, held_out_rows, write_review
+from loop.review.answers import ANSWERS, HeldOut, Source, asked_engine, find_checkpoint, held_out_rows, write_review
+from loop.review.engine import find_stockfish
 from loop.review.lines import read_lines
-from loop.review.pairs import begin, open_review
+from loop.review.pairs import begin, open_review, shuffled
+from loop.review.verdict import WRONG
 from tests.loop.review.made import ROOT, Served
+from tests.loop.review.made import comment as made_comment
+from tests.loop.review.made import row as made_row
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +76,21 @@ def test_checkpoints_by_name(finished_run):
 def test_rows_are_spread_evenly_and_those_with_a_position_come_first(source, tmp_path):
     assert [row.row.line for row in held_out_rows(source.config, 5)] == [1, 3, 5, 8, 10]
     assert len(held_out_rows(source.config, 500)) == 12
+
+
+@pytest.mark.skipif(find_stockfish() is None, reason="Stockfish is not here (Debian: stockfish)")
+def test_stockfish_is_asked_once_and_its_verdict_is_kept(tmp_path, capfd):
+    mate = made_row(0, "r1bqkbnr/pppp1ppp/2n5/4p2Q/2B1P3/8/PPPP1PPP/RNB1K1NR w KQkq - 4 4", "h5e5")
+    rows = [HeldOut(None, mate), HeldOut(None, {"messages": [{"role": "user", "content": "Hello?"}]})]
+    found, none = asked_engine(tmp_path, rows)
+    assert none is None and found["verdict"]["best"] == "h5f7" and found["verdict"]["before_cp"] == 9_999
+    assert "1/1" in capfd.readouterr().err
+    assert asked_engine(tmp_path, rows) == [found, None] and "move" not in capfd.readouterr().err
+    comments = {"base": made_comment("Qxe5+ is the best move."), "reference": made_comment("Qxf7# was mate.")}
+    pair, without = shuffled(bytes(32), 1, mate, comments, found), shuffled(bytes(32), 1, mate, comments)
+    assert pair.id == without.id and "false_best" in {flag.check for flag in pair.flags["base"]} and not without.strength_text
+    assert pair.strength_text.startswith("Stockfish") and ": mate in 1 with the best move, " in pair.strength_text
+    assert not {"false_best"} & WRONG, "what only an engine knows is counted apart"
 
 
 def run_command(run_dir, *options):

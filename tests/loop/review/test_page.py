@@ -195,7 +195,7 @@ def test_moves_and_squares_are_shown_on_the_board(browser, review):
         tab.press("m")
         tab.says("shown: e5", "#shown")
         assert "Shown: e5" in tab.page.get_attribute("#board", "alt")
-        tab.page.wait_for_function("document.querySelector('#board').naturalWidth > 0")
+        tab.page.wait_for_function("() => document.querySelector('#board').naturalWidth > 0")
         tab.press("Escape")
         assert tab.page.get_attribute("#board", "src") == plain and tab.page.is_hidden("#shown")
         tab.page.click(f"article[data-letter=\"{letter}\"] .text button >> nth=1")
