@@ -20,7 +20,7 @@ from model.stages import Stage
 # B rows that are being written, T tokens of a packed stream, D hidden size, V vocabulary
 
 PREFILL_TOKENS = 8192  # most tokens of prompts that are computed at once, unless one prompt alone is longer
-STREAM_MULTIPLE = 32  # a stream of prompts is padded to it on a CPU: oneDNN compiles kernels for each new number of rows
+STREAM_MULTIPLE = 16  # a stream of prompts is padded to it on a CPU: oneDNN compiles kernels for each new number of rows
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def generate(
     """
     if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
         raise ValueError(f"prompt {empty[0]} holds no token, expected at least one")
+    assert stage.is_first and stage.is_last, "a part of a model cannot write"
     was_training = stage.training
     stage.eval()
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # B rows, V vocabulary, N likeliest tokens
 
-CANDIDATES = 256  # how many of the likeliest tokens are looked at first; nearly always they hold top_p
+CANDIDATES = 64  # how many of the likeliest tokens are looked at first; nearly always they hold top_p
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@ Costs a copy of all linears in the compute dtype, if there is room for it; on a 
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.lora import LoraLinear
 from model.quant import FrozenLinear, kept_dequantized
@@ -16,6 +16,7 @@ from model.stages import Stage
 
 # O output features, I input features, K rank, B rows, X any leading dimensions
 
+MEMINFO = Path("/proc/meminfo")
 MOST_SHARE = 0.5  # of the machine's free memory that the copy may take
 
 
@@ -33,13 +34,17 @@ def kept_for_decoding(stage: Stage) -> Iterator[None]:
         yield
 
 
-def copy_bytes(model: nn.Module) -> int:
+def copy_bytes(model: Any) -> int:
     sizes = (m.in_features * m.out_features * m.dtype.itemsize for m in model.modules() if isinstance(m, FrozenLinear))
-    return sum(sizes)
+    return sum(sizes) + int(model.lm_head.weight.nbytes)
 
 
 def free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """What Linux could give a process without swapping; elsewhere 0."""
+    if not MEMINFO.exists():
+        return 0
+    words = MEMINFO.read_text().split()
+    return 1024 * int(words[words.index("MemAvailable:") + 1])
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -24,6 +24,8 @@ NAMES = [  # module, name in it, file of this project
     ("torch.cuda.memory", "_record_memory_history", "loop/memory/phases.py"),
     ("torch.cuda.memory", "_dump_snapshot", "loop/memory/trace.py"),
     ("bitsandbytes.functional", "name2qmap", "loop/memory/without_values.py"),
+    *(("torch", f"ops.mkldnn.{name}", "model/decode/weights.py") for name in (
+        "_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise.binary")),
     ("transformers.models.llama.modeling_llama", "LlamaRMSNorm", "model/ops/fused.py"),
     ("transformers.models.qwen3.modeling_qwen3", "Qwen3RMSNorm", "model/ops/fused.py"),
     ("transformers.models.qwen3_5_moe.modeling_qwen3_5_moe", "Qwen3_5MoeRMSNorm", "model/ops/fused.py"),

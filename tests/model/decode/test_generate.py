@@ -145,7 +145,9 @@ def test_packed_linears_compute_what_the_linears_do(tiny_llama, enabled):
 def test_nothing_is_kept_where_it_does_not_fit(tiny_llama, monkeypatch):
     stage = make(tiny_llama, "int8")
     expected = generate(stage, PROMPTS, stop_id=-1, max_tokens=5)
-    monkeypatch.setattr(weights, "free_bytes", lambda: 2 * weights.copy_bytes(stage) - 1)
+    expected_free = weights.free_bytes()
+    monkeypatch.setattr(weights, "free_bytes", lambda: 2 * weights.copy_bytes(stage.model) - 1)
+    assert 2**27 < weights.MOST_SHARE * expected_free, "else the answers before kept nothing either"
     with kept_for_decoding(stage):
         assert not [module for module in stage.modules() if {"forward", "dequantize"} & vars(module).keys()]
     found = generate(stage, PROMPTS, stop_id=-1, max_tokens=5)
