@@ -1,7 +1,7 @@
 """Checks a coach's comment against the board, against its row and as a text; each check is a function that yields flags.
 Needs python-chess. One to three milliseconds a comment, deterministic; `engine.py` has the checks that need Stockfish.
 
-A flag must be right: whatever may be a plan, a line, a negation, a question or the past is let pass (`words.py`).
+A flag must be right: whatever may be a plan, a line, a negation, a question or the past is let pass (`comment.py`, `words.py`).
 
     comment = Comment(text, *position_of(row), row["metadata"])
     for flag in judge(comment): print(flag.check, flag.quote, flag.why)
@@ -16,26 +16,28 @@ from typing import Any
 import chess
 
 from loop.review.claims import false_capture, false_castling, false_check, false_mate, illegal_move, wrong_square
+from loop.review.comment import Comment, Flag, parsed
 from loop.review.contacts import false_attack, false_defence, false_undefended
 from loop.review.strength import contradicts_classification, contradicts_loss
-from loop.review.words import Comment, Flag, any_of, parsed
+from loop.review.words import any_of
 
 RANK = "[1-8pnbrqkPNBRQK]{1,8}"
 FEN = re.compile(rf"\bFEN: *(?P<fen>{RANK}(?:/{RANK}){{7}} [wb] (?:-|[KQkqA-Ha-h]{{1,4}}) (?:-|[a-h][36])(?: \d+ \d+)?)")
-PLAYED = re.compile(r"\b(?:plays?|played|[Mm]ove(?: played)?:?) *(?:\d+ *(?:\.+|…) *)?"
+PLAYED = re.compile(r"\b(?:play(?:s|ed)?|[Mm]ove(?: played)?)\b:? *(?:\d+ *(?:\.+|…) *)?"
                     r"(?P<move>[a-h][1-8][a-h][1-8][qrbn]?\b|[A-Za-h0O][\w=-]*[+#]?)")
 THOUGHT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>\s*|\s*</think>\s*", re.DOTALL)
 
 STRAY = re.compile(r"</?think(?:ing)?>|<\|[^|<>]{1,40}\|>|</?s>|<[be]os>|<pad>|<(?:start|end)_of_turn>|\[/?INST\]"
                    "|</?tool_(?:call|response)>|\ufffd", re.IGNORECASE)
 WORD = re.compile(r"[\w'’+#=-]+")
-CLOSED = re.compile(r"[.!?…][\"')\]’”*]*$|[:;]-?[)(]$|[^\w\s\"'<>]$")
-OPEN = re.compile(r"(?:[,;:(—-]|"
-                  + any_of("a an the and or but of for with to by on at in into from than as is are was were be which who whose"
-                           " because if then when while its his their") + r"|\b\w+['’]s)$")
+CLOSED = re.compile(r"[.!?…][\"')\]’”*]*$|[:;]-?[)(]$|[^\w\s\"']$")
+OPEN = re.compile("(?:[,;:(—-]|" + any_of("a an the and or but of into from than as which whose because if while its their")
+                  + ")$")
+OPEN_IN_PRINT = re.compile(any_of("for with to by on at in is are was were be who then when his her") + "$")
 MOVE_AT_END = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8]|\.[a-h][1-8]|O-O(?:-O)?)(?:=[QRBN])?[+#]?$")
 INFORMAL = ("forum", "engine")      # sources whose references end without a full stop
 MAX_PERIOD = 30                     # words; what is said again may be this long
+MUCH = 0.3                          # of all words, in a sentence said three times or more
 MIN_COPIED_WORDS = 8                # shorter comments, such as "White castles kingside.", may be equal by chance
 
 
@@ -65,6 +67,8 @@ def position_of(row: Mapping[str, Any]) -> tuple[chess.Board, chess.Move] | tupl
     try:
         board = chess.Board(fen)
     except ValueError:
+        return None, None
+    if board.king(chess.WHITE) is None or board.king(chess.BLACK) is None:
         return None, None
     for name in names:
         move = read_move(board, name) if isinstance(name, str) else None
@@ -101,7 +105,7 @@ def cut_off(comment: Comment) -> Iterator[Flag]:
         return
     if comment.at_limit and not CLOSED.search(text):
         yield comment.flag("cut_off", start, len(text), "the longest answer was reached")
-    elif OPEN.search(text):
+    elif OPEN.search(text) or comment.metadata.get("source") not in INFORMAL and OPEN_IN_PRINT.search(text):
         yield comment.flag("cut_off", start, len(text), "no sentence ends with this")
     elif len(comment.sentences) > 1 and text[0].isupper() and not CLOSED.search(text) and not MOVE_AT_END.search(text) \
             and comment.metadata.get("source") not in INFORMAL and re.search(r"[a-z0-9#+)][.!?]\s", text):
@@ -120,6 +124,12 @@ def repetition(comment: Comment) -> Iterator[Flag]:
                 start, end = found[i + 1 - repeated].start(), found[i + period].end()
                 yield comment.flag("repetition", start, end, f"{period} words again and again")
                 return
+    spoken = [normalized(comment.text[start:end]) for start, end in comment.sentences]
+    for said, (start, end) in zip(spoken, comment.sentences):
+        num, length = spoken.count(said), said.count(" ") + 1
+        if num >= 3 and length >= 4 and num * length >= MUCH * len(words):
+            yield comment.flag("repetition", start, end, f"the same sentence {num} times")
+            return
 
 
 def copied(comment: Comment) -> Iterator[Flag]:

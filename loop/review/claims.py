@@ -8,21 +8,8 @@ from collections.abc import Iterator
 
 import chess
 
-from loop.review.words import (
-    ELSEWHERE,
-    KINDS,
-    PIECE,
-    SIDE,
-    SQUARE,
-    Comment,
-    Flag,
-    Mention,
-    Named,
-    any_of,
-    parsed,
-    pushed,
-    turned,
-)
+from loop.review.comment import Comment, Flag, parsed, pushed, turned
+from loop.review.words import ELSEWHERE, KINDS, PIECE, SIDE, SQUARE, Mention, Named, any_of
 
 SAYS_ILLEGAL = re.compile(any_of("illegal legal impossible cannot") + r"|\bnot (?:possible|allowed)\b|n['’]t\b", re.IGNORECASE)
 # Words right before a move that say it can be played at once. Plans for later are not among them.
@@ -53,6 +40,7 @@ CAPTURE = re.compile(rf"\b(?:captures|takes|capturing|taking|snatches|grabs) (?:
 SUBJECT = re.compile(rf"\b(?:(?P<side>{SIDE})(?!['’])|{THE} (?:\w+ )?(?P<kind>{PIECE})(?! on)|(?P<it>it|this|that)) "
                      r"(?:now |simply |just |also |then )?$", re.IGNORECASE)
 FIRST_SUBJECT = re.compile(rf"\s*{THE} (?:\w+ )?(?P<kind>{PIECE})\b(?! on)", re.IGNORECASE)     # "The bishop goes to g5 and"
+LONGEST_SUBJECT = 60     # characters
 WING = r"kingside|queenside|short|long|on the (?:king|queen)side"
 CASTLES = re.compile(rf"(?:\b(?P<side>{SIDE}) )?\bcastles(?: (?P<wing>{WING}))?\b(?! later| by hand| artificially)",
                      re.IGNORECASE)
@@ -143,10 +131,10 @@ def subject_of(comment: Comment, position: int) -> int | str | None:
     """What the words before a verb name as its subject: a kind of piece, "White", "Black", "it", or None."""
     first, _ = comment.sentence(position)
     lead = comment.text[first:position]
-    for mention in comment.mentions:
+    for mention in comment.mentions_before(position):
         if mention.end <= position and not comment.text[mention.end:position].strip():
             return mention.kind
-    match = SUBJECT.search(lead)
+    match = SUBJECT.search(lead[-LONGEST_SUBJECT:])
     if match and not match["kind"]:
         return str(match["side"] or match["it"]).capitalize()
     match = match or (FIRST_SUBJECT.match(lead) if lead.endswith(" and ") else None)

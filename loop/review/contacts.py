@@ -10,13 +10,14 @@ from typing import NamedTuple
 import chess
 
 from loop.review.claims import subject_of, there
-from loop.review.words import MENTION, SIDE, Comment, Flag, Mention, any_of
+from loop.review.comment import Comment, Flag
+from loop.review.words import MENTION, SIDE, Mention, any_of
 
 VALUE = {chess.PAWN: 1, chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9, chess.KING: 99}
-AT_ONCE = r"(?: both| again| now| at once)? "
-ATTACK = re.compile(any_of("attacks attacking hits hitting forks forking") + AT_ONCE, re.IGNORECASE)
+ADVERB = r"(?: both| again| now| at once)? "
+ATTACK = re.compile(any_of("attacks attacking hits hitting forks forking") + ADVERB, re.IGNORECASE)
 ATTACKED = re.compile(r"\battacked by ", re.IGNORECASE)
-DEFENCE = re.compile(any_of("defends defending protects protecting guards guarding supports supporting") + AT_ONCE,
+DEFENCE = re.compile(any_of("defends defending protects protecting guards guarding supports supporting") + ADVERB,
                      re.IGNORECASE)
 DEFENDED = re.compile(any_of("defended protected guarded supported") + " by ", re.IGNORECASE)
 IS = re.compile(r"(?:,? (?:which|that))?(?: (?:is|are|stands|remains))?(?: (?:now|only|also|still|both|well|again))* *")
@@ -42,7 +43,7 @@ def named_behind(comment: Comment, position: int) -> list[Mention]:
     """The pieces listed from `position` on: "the queen on d8 and the rook on h8"."""
     found: list[Mention] = []
     while match := MENTION.match(comment.text, position):
-        found += [mention for mention in comment.mentions if mention.end == match.end()]
+        found += [mention for mention in comment.mentions_before(match.end()) if mention.end == match.end()]
         gap = LIST_GAP.match(comment.text, match.end())
         if not gap:
             break
@@ -54,7 +55,7 @@ def named_behind(comment: Comment, position: int) -> list[Mention]:
 def named_ahead(comment: Comment, position: int) -> list[Mention]:
     """The piece named right before `position`, with no more than "is now" between, or first in a sentence up to its "and"."""
     first, _ = comment.sentence(position)
-    mentions = [mention for mention in comment.mentions if first <= mention.start and mention.end <= position]
+    mentions = [mention for mention in comment.mentions_before(position) if first <= mention.start]
     if comment.text[first:position].endswith(" and "):
         return [mention for mention in mentions if not comment.text[first:mention.start].strip()]
     return [mention for mention in mentions if IS.fullmatch(comment.text, mention.end, position)]
@@ -87,7 +88,7 @@ def reaches(board: chess.Board, start: int, target: int) -> bool:
 
 
 def holds_between(comment: Comment, contact: Contact, same_side: bool) -> bool:
-    """Whether each of the targets is acted upon by one of the actors, on one of the two boards."""
+    """Whether each of the actors acts on each of the targets, on a board where both stand."""
     subject = subject_of(comment, contact.start)
 
     def acts(board: chess.Board, start: int, target: int) -> bool:
@@ -125,7 +126,7 @@ def false_contacts(comment: Comment, name: str, active: re.Pattern[str], passive
         if comment.plain(contact.start, contact.end) and not INDIRECT.search(comment.text, first, last) \
                 and all(mention.definite for mention in contact.actors + contact.targets) \
                 and not holds_between(comment, contact, same_side):
-            yield comment.flag(name, contact.start, contact.end, "true neither before nor after the move")
+            yield comment.flag(name, contact.start, contact.end, "not so on the board, neither before nor after the move")
 
 
 def false_attack(comment: Comment) -> Iterator[Flag]:

@@ -11,8 +11,8 @@ from types import TracebackType
 import chess
 import chess.engine
 
+from loop.review.comment import Comment, Flag, pushed
 from loop.review.strength import Verdict, false_best, false_mistake, false_only, false_winning
-from loop.review.words import Comment, Flag, pushed
 
 NODES, HASH_MIB = 200_000, 16
 MATE_CP = 10_000
@@ -80,9 +80,9 @@ class Stockfish:
         if played is None:
             reply = self.search(after)[0]
             played = reply["score"].pov(us)
-            if played > scores[line[0]]:    # the search after the move sees further, and finds it better than all others
+            if played > scores[line[0]]:    # searched alone, the move turns out better than all others
                 line = [move, *reply.get("pv", [])]
-        before = max(played, scores.get(line[0], played))
+        before = played if line[0] == move else scores[line[0]]
         others = [chance(score) for other, score in scores.items() if other != move]
         return Verdict(line[0], board.variation_san(line[:PLIES]), chance(before), chance(played), max(others, default=None),
                        in_cp(before), in_cp(played))

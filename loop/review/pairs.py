@@ -21,9 +21,10 @@ from data.files import write_text
 from loop.checkpoint import read_json
 from loop.config import ReviewConfig
 from loop.review.checks import judge, normalized, position_of
+from loop.review.comment import Comment, Flag, parsed
 from loop.review.engine import MATE_CP, judge_strength
 from loop.review.strength import Verdict
-from loop.review.words import SAN, SQUARE, Comment, Flag, parsed
+from loop.review.words import SAN, SQUARE
 
 REVIEW, SECRET, RULES, VOTES, VERDICT = "review.json", "secret", "rules.json", "votes.jsonl", "verdict.json"
 SYSTEMS = ("base", "tuned", "rival", "reference")  # rival: of the second run, where there is one

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import chess
 
 from loop.review.claims import subject_of
-from loop.review.words import PIECE, SIDE, Comment, Flag, any_of
+from loop.review.comment import Comment, Flag
+from loop.review.words import PIECE, SIDE, any_of
 
 # The keys of a row's metadata that hold a verdict: the class of the move, and by how many centipawns it is worse than the best.
 LABEL_KEYS, LOSS_KEYS = ("classification",), ("cp_loss", "centipawn_loss")
@@ -70,7 +71,7 @@ def calls(comment: Comment, pattern: re.Pattern[str]) -> Iterator[tuple[int, int
         # praise of the move played names no other move; blame may go on to name a better one
         until = end if pattern is BLAMES else last
         foreign = comment.board is not None and any(
-            not comment.is_played(named) for named in comment.moves if first <= named.start < until)
+            not comment.is_played(named) for named in comment.moves_within(first, until))
         asks = comment.text[first:last].rstrip().endswith("?")
         if not foreign and not asks and not TURNS.search(comment.text, first, start) and not comment.about_other_move(start):
             yield start, end

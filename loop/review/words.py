@@ -1,17 +1,13 @@
-"""Reads a coach's comment: its sentences, the moves and pieces that it names, and which words only suppose something.
-Needs python-chess. A fraction of a millisecond a comment; keeps a few boards of a hundred bytes each."""
+"""Words of coaches: the moves and pieces that a text names, and the words that only suppose something.
+Needs python-chess, for its numbers of squares and pieces. A fraction of a millisecond a text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import chess
-
-MAX_BOARDS = 48     # of lines followed in one comment; where there are more, moves are let pass
 
 
 def any_of(words: str) -> str:
@@ -27,19 +23,15 @@ SIDE = r"(?:[Ww]hite|[Bb]lack)"
 PLAN = any_of("break push advance thrust sac* lever move capture")     # "the f5 pawn push"
 # "the knight on f3", "White's pawns on d4 and e5", and the other way round: "the f7 pawn"
 MENTION = re.compile(rf"(?:\b(?P<det>the|its|his|her|their|your|our|this|that|both|an?|another|no|any|one|{SIDE}['’]s) )?"
-                     rf"(?P<adjective>(?:[a-z-]+ )??)(?:(?P<kind>{PIECE})s? (?:on|at) (?P<squares>{SQUARES})\b"
+                     rf"(?P<adjective>(?:[a-z-]{{1,20}} )??)(?:(?P<kind>{PIECE})s? (?:on|at) (?P<squares>{SQUARES})\b"
                      rf"|(?P<square>{SQUARE})[- ](?P<kind2>{PIECE})\b(?! {PLAN}))", re.IGNORECASE)
-SAN = (r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8](?:=?[QRBN])?|[a-h][18]=[QRBN]|[O0]-[O0](?:-[O0])?)"
+CASTLING = "[O0]-[O0](?:-[O0])?"
+SAN = (r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8](?:=?[QRBN])?|[a-h][18]=[QRBN]|" + CASTLING + ")"
        r"(?:[+#])?(?![\w-])")
 PAWN_STEP = r"[a-h][1-8][+#]?(?![\w-])"     # a move only where a number or dots stand before; else it is a square
-SAN_PARTS = re.compile(r"(?P<kind>[KQRBN])?(?P<file>[a-h])?(?P<rank>[1-8])?x?(?P<to>[a-h][1-8])(?:=?(?P<new>[QRBN]))?")
 MOVE = re.compile(rf"(?:(?<![\w.])(?P<number>\d{{1,3}}) ?(?P<dots>\.\.\.|…|\.(?!\.)) ?|(?P<bare>(?<!\.)\.\.\.|…) ?)"
                   rf"(?P<numbered>{SAN}|{PAWN_STEP})|(?<![\w.-])(?P<plain>{SAN})")
 CONTINUES = re.compile(rf"[!?]{{0,2}},? +(?P<san>{SAN}|{PAWN_STEP})")
-SENTENCE_END = re.compile(r"(?<![ \d]\d)(?<!^\d)(?<!\.)[.!?…]+[\"')\]’”]*(?=\s+[^a-z\s]|\s*$)|\n+")
-CLAUSE_END = re.compile(r"[,;:.!?()—\n]| (?:and|but|because|since|so|while|yet|whereas)\b")
-LATE_CONDITION = re.compile(r"[,;—] *(?:if|when|after|once|unless|until|provided|should|as soon)\b")
-
 # Words after which a sentence need not be about this move on this board: conditions, negations, plans, the past, hearsay.
 SUPPOSES = ("if unless until would will shall suppos* imagin* example instance otherwise then next later soon after* when*"
             " before eventually ultimately follow* instead rather hop* plan* idea prepar* want* wants intend* dream* typical*"
@@ -55,16 +47,6 @@ ELSEWHERE = re.compile(
     any_of(SUPPOSES + " once took gave went came left captured exchanged recaptur* retak* regain* put* plac* bring* get* plant*"
            " install* land* reach* rerout* rout* post* need* transfer* trad* exchang* swap* retreat* replac* without missing"
            " everywhere") + r"|n['’]t\b|['’](?:ll|d)\b", re.IGNORECASE)
-
-
-class Flag(NamedTuple):
-    """What a check finds wrong: the check's name, where in the text, the words there, and why they cannot be right."""
-
-    check: str
-    start: int
-    end: int
-    quote: str
-    why: str
 
 
 class Mention(NamedTuple):
@@ -88,171 +70,6 @@ class Named(NamedTuple):
     san: str                # without check marks
     mark: str               # "+", "#" or nothing
     continues: bool         # stands right after another move, so that both are one line
-
-
-@dataclass(frozen=True)
-class Comment:
-    """A comment with all that checks need; what is read from it is read once.
-
-    Args:
-        text: the answer without its thought.
-        board: the position before the move; None where the row gives none. Then only checks of the text run.
-        move: the move that the comment is about, legal on `board`.
-        metadata: the row's.
-        at_limit: whether generation ended because the longest answer was reached.
-        trained_on: `normalized` texts of training rows.
-    """
-
-    text: str
-    board: chess.Board | None = None
-    move: chess.Move | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    at_limit: bool = False
-    trained_on: frozenset[str] = frozenset()
-
-    def flag(self, check: str, start: int, end: int, why: str) -> Flag:
-        return Flag(check, start, end, self.text[start:end], why)
-
-    @cached_property
-    def before(self) -> chess.Board:
-        assert self.board is not None
-        return self.board.copy(stack=False)
-
-    @cached_property
-    def after(self) -> chess.Board:
-        assert self.move is not None
-        return pushed(self.before, self.move)
-
-    @cached_property
-    def boards(self) -> tuple[chess.Board, chess.Board]:
-        return self.before, self.after
-
-    @cached_property
-    def san(self) -> str:
-        assert self.move is not None
-        return self.before.san(self.move).rstrip("+#")
-
-    @property
-    def ply(self) -> int:
-        return ply_of(self.before)
-
-    @cached_property
-    def sentences(self) -> list[tuple[int, int]]:
-        ends = [match.end() for match in SENTENCE_END.finditer(self.text)] + [len(self.text)]
-        starts = [0] + ends[:-1]
-        return [(start, end) for start, end in zip(starts, ends) if self.text[start:end].strip()]
-
-    @cached_property
-    def moves(self) -> list[Named]:
-        return list(named_moves(self.text))
-
-    @cached_property
-    def read_lines(self) -> tuple[list[tuple[int, chess.Board]], list[tuple[Named, bool]]]:
-        """Follows the moves named, each from every board where it is legal.
-
-        Returns:
-            the boards reached with where in the text they are, and the moves that fit no board, each with whether the move
-            right before it was the line's own at its number.
-        """
-        reached: list[tuple[int, chess.Board]] = []
-        misfits: list[tuple[Named, bool]] = []
-        line_holds = False
-        for named in self.moves:
-            if self.about_other_move(named.start):
-                continue
-            boards = [self.before, self.after, *(board for _, board in reached)]
-            fits = [(board, move) for board in boards if (move := parsed(board, named.san)) is not None]
-            if not fits and len(boards) > MAX_BOARDS:
-                break
-            if not fits and not any(parsed(turned(board), named.san) is not None for board in boards):
-                misfits.append((named, line_holds))
-            # the null move, where several fit, is false
-            reached += [(named.end, pushed(board, move)) for board, move in fits[-4:]
-                        if move and not (board is self.before and move == self.move)]
-            line_holds = any(ply_of(board) == named.ply for board, _ in fits)
-        return reached, misfits
-
-    def reached_before(self, position: int) -> list[chess.Board]:
-        return [board for end, board in self.read_lines[0] if end <= position]
-
-    @cached_property
-    def mentions(self) -> list[Mention]:
-        return list(piece_mentions(self.text))
-
-    def sentence(self, position: int) -> tuple[int, int]:
-        return next(((start, end) for start, end in self.sentences if start <= position < end), (0, len(self.text)))
-
-    def is_played(self, named: Named) -> bool:
-        """Whether a named move is the row's own."""
-        return named.ply in (None, self.ply) and parsed(self.before, named.san) == self.move
-
-    def about_other_move(self, position: int) -> bool:
-        """Whether the paragraph begins with the number of another move: it comments on that one."""
-        start = self.text.rfind("\n", 0, position) + 1
-        lead = len(self.text[start:]) - len(self.text[start:].lstrip())
-        first = next((named for named in self.moves if named.start == start + lead), None)
-        return first is not None and first.ply is not None and first.ply != self.ply and start > 0
-
-    def plain(self, start: int, end: int, hedge: re.Pattern[str] = HEDGE) -> bool:
-        """Whether the words from `start` to `end` say something of this move on this board, and suppose nothing.
-
-        Looked at are the words from the sentence's begin to the clause's end, without the claim's own.
-        """
-        first, last = self.sentence(start)
-        stop = CLAUSE_END.search(self.text, end, last)
-        clause_end = stop.start() if stop else last
-        if self.text[first:last].rstrip(" \"')\n").endswith("?") or self.about_other_move(start):
-            return False
-        if stop and LATE_CONDITION.match(self.text, stop.start()):
-            return False
-        if hedge.search(self.text, first, start) or hedge.search(self.text, end, clause_end):
-            return False
-        # a sentence that follows a line may still be about it
-        since = first if hedge is not HEDGE or first == 0 else self.sentence(first - 1)[0]
-        return all(self.is_played(named) for named in self.moves if since <= named.start < clause_end)
-
-
-def parsed(board: chess.Board, san: str) -> chess.Move | None:
-    """The move that `san` names on `board`, read leniently; None if it is illegal there. The null move if several fit.
-
-    `board.parse_san` would do, but writes the whole position into each error, ten times the time of the rest.
-    """
-    if san[0] in "O0":
-        found = [move for move in board.generate_castling_moves() if board.is_queenside_castling(move) == (san.count("-") == 2)]
-        return found[0] if found else None
-    match = SAN_PARTS.fullmatch(san)
-    if not match:
-        return None
-    kind = chess.PIECE_SYMBOLS.index((match["kind"] or "P").lower())
-    to, mask = chess.parse_square(match["to"]), board.pieces_mask(kind, board.turn)
-    if match["file"]:
-        mask &= chess.BB_FILES[ord(match["file"]) - ord("a")]
-    elif kind == chess.PAWN:
-        mask &= chess.BB_FILES[chess.square_file(to)]
-    if match["rank"]:
-        mask &= chess.BB_RANKS[int(match["rank"]) - 1]
-    promotion = chess.PIECE_SYMBOLS.index(match["new"].lower()) if match["new"] else None
-    moves = [move for move in board.generate_legal_moves(mask, chess.BB_SQUARES[to])
-             if move.promotion == promotion or promotion is None and move.promotion == chess.QUEEN]
-    return moves[0] if len(moves) == 1 else chess.Move.null() if moves else None
-
-
-def pushed(board: chess.Board, move: chess.Move) -> chess.Board:
-    after = board.copy(stack=False)
-    after.push(move)
-    after.clear_stack()
-    return after
-
-
-def turned(board: chess.Board) -> chess.Board:
-    """The same position with the other side to move, also where that leaves a king in check."""
-    other = board.copy(stack=False)
-    other.turn, other.ep_square = not board.turn, None
-    return other
-
-
-def ply_of(board: chess.Board) -> int:
-    return 2 * board.fullmove_number + (board.turn == chess.BLACK)
 
 
 def named_moves(text: str) -> Iterator[Named]:
