@@ -196,8 +196,9 @@ def begin(directory: Path, rules: ReviewConfig) -> None:
         (directory / SECRET).chmod(0o600)
     fixed = read_json(directory / RULES) if (directory / RULES).exists() else asdict(rules)
     if fixed != asdict(rules) and (directory / VOTES).exists():
-        changed = "; ".join(f"review.{key} was {fixed.get(key)}, is {value}" for key, value in asdict(rules).items()
-                            if fixed.get(key) != value)
-        raise ValueError(f"{directory / RULES}: votes were given under other rules: {changed}. Put them back, or move "
+        changed = [key for key, value in asdict(rules).items() if fixed.get(key) != value]
+        was = "; ".join(f"review.{key} was {fixed.get(key)}, is {getattr(rules, key)}" for key in changed)
+        back = " ".join(f"--set review.{key}={fixed.get(key)}" for key in changed)
+        raise ValueError(f"{directory / RULES}: votes were given under other rules: {was}. Go on with {back}, or move "
                          f"{directory} away and vote anew")
     write_text(directory / RULES, json.dumps(asdict(rules), indent=1) + "\n")

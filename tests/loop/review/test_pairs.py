@@ -56,7 +56,7 @@ def test_rules_may_change_until_there_are_votes(tmp_path):
     begin(tmp_path, ReviewConfig(least_votes=20))
     (tmp_path / "votes.jsonl").write_text('{"pair": "x"}\n')
     begin(tmp_path, ReviewConfig(least_votes=20))
-    with pytest.raises(ValueError, match="review.least_votes was 20, is 10. Put them back"):
+    with pytest.raises(ValueError, match="review.least_votes was 20, is 10. Go on with --set review.least_votes=20, or"):
         begin(tmp_path, ReviewConfig(least_votes=10))
 
 

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from loop.review.server import Guard
 from tests.loop.review.made import PAYLOADS, Served, write_made
 
 pytestmark = pytest.mark.slow
@@ -47,6 +48,16 @@ def test_it_listens_on_loopback_alone(served):
         if not address.startswith("127."):
             with pytest.raises(OSError):
                 socket.create_connection((address, served.port), timeout=5).close()
+
+
+@pytest.mark.parametrize("hosts, host, ours", [
+    (("127.0.0.1", "::1"), "[::1]:80", True), (("127.0.0.1",), "127.0.0.2:80", False), ((), "10.1.2.3:80", True),
+    ((), "[fe80::1]", True), ((), socket.gethostname(), True), ((), "evil.example", False),
+    ((), "10.1.2.3.evil.example", False), ((), "", False), ((), "[", False), (("box",), "BOX:1", True),
+])
+def test_which_names_are_the_servers_own(hosts, host, ours):
+    """With --host 0.0.0.0 any address and the machine's name are: another site's name that points here is still refused."""
+    assert Guard(None, "token", hosts, "cookie").is_ours(host) == ours
 
 
 def test_every_answer_carries_the_policy(served):
