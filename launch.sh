@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() {
   cat <<'EOF'
 bash launch.sh demo                   train a real 135M model on this machine, CPU is enough (a few minutes)
+bash launch.sh review RUN             judge a run's comments blind and reach a verdict; RUN is a directory such as checkpoints/demo
 bash launch.sh test                   run all tests
 bash launch.sh check [4b|35b]         what a new machine needs first: does every fast path compute right, and how fast
 bash launch.sh 4b  [key=value ...]    Qwen3-4B-Thinking-2507, int8 + LoRA, data-parallel over every visible GPU
@@ -101,11 +102,17 @@ case $command in
     cat <<EOF
 
 What next:
+  bash launch.sh review $run_dir                         is it any good? a blind review, and its verdict
   $run_dir/curves.png                                    the run's curves; metrics.jsonl has every number
   .venv/bin/python -m loop.inspect --config configs/demo.yaml    what was trained on, token by token
   bash launch.sh demo run=mine train.learning_rate=5e-4          the same with your settings
   README.md, "Your own data"                                     and then: bash launch.sh 4b
 EOF
+    ;;
+  review)
+    [ $# -gt 0 ] || fail "expected a run's directory, such as: bash launch.sh review checkpoints/demo"
+    setup review
+    exec .venv/bin/python -m loop.review "$@"
     ;;
   test)
     setup test
@@ -145,6 +152,9 @@ EOF
     fi
     setup "$([ "$command" = 35b ] && echo plots,gpu || echo plots)"
     "${check[@]}"
+    if [ "$command" = 35b ] && [ "$node_rank" = 0 ]; then  # goes on either way: who starts it decides
+      .venv/bin/python -m loop.review.seal "checkpoints/$(setting run run configs/4b.yaml)" || true
+    fi
     model=$(setting model.path path <(grep '^model:' "$config") "$@")
     .venv/bin/python -m model.weights.fetch "$model" >/dev/null
     if [ "$command" = 35b ] && [ "${NNODES:-1}" = 1 ]; then

@@ -1,4 +1,4 @@
-"""Bounds on what a file of rows and a chat template may take, so that neither can stop a run or fill the memory.
+"""Bounds on what a file of rows, a chat template and YAML may take, so that neither can stop a run or fill the memory.
 Costs a system call a row."""
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from functools import partial
 from types import FrameType
 from typing import BinaryIO, Callable, Iterator
 
+import yaml
+
 MAX_ROW_BYTES = 4 * 2**20  # of one line: 262,144 tokens are about 1 MB of English, and up to 2 MB of Chinese as \uXXXX
 MAX_TURNS = 256  # assistant answers in a row; rendering so many takes 1 s, and the time grows with their square
 MAX_RENDERED = 2**24  # characters of a row times its turns: the prompt of every turn repeats what was said before
 RENDER_S = 5.0  # CPU time for all prompts of one row
+DEEPEST = 10  # YAML's sections and lists within each other; PyYAML's parser in C overflows its stack at some ten thousand
 
 
 class TooSlow(Exception):
@@ -52,3 +55,21 @@ def time_limit(seconds: float) -> Iterator[Callable[[], object]]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, *timer)
         signal.signal(signal.SIGPROF, handler or signal.SIG_DFL)
+
+
+def check_nesting(text: str) -> None:
+    """Reads YAML event by event, without recursion.
+
+    Raises:
+        ValueError: the YAML is nested too deep, or has aliases, with which a few lines can describe more than memory holds.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if depth > DEEPEST:
+            raise ValueError(f"line {line} is nested more than {DEEPEST} deep, expected sections with their settings")
+        if depth == 0 and isinstance(event, yaml.ScalarEvent):
+            raise ValueError(f"expected sections such as model: and train:, found {event.value[:80]!r}")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {line} has an alias, *{event.anchor}, which is not supported: write the value itself")

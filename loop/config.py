@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.limits import DEEPEST, check_nesting
 from data.records import DataConfig
 from model.config import LoraConfig, ModelConfig
 
@@ -34,9 +35,9 @@ BOUNDS: dict[str, tuple[float, float, str]] = {  # the least and the largest val
     "eval.every": (1, MOST, " steps"), "eval.samples": (0, 1000, " rows"), "eval.max_rows": (1, MOST, ", or null for all rows"),
     "checkpoint.every": (1, MOST, " steps"), "checkpoint.every_s": (1, MOST, " seconds"), "checkpoint.keep": (1, MOST, ""),
     "distributed.timeout_s": (1, 7 * 24 * 3600, " seconds"),
+    "review.least_votes": (1, MOST, ""), "review.significance": (1e-6, 0.5, ""), "review.more_wrong": (0, 1, ""),
 }
 MOST_BYTES = 64 * 1024  # of a configuration; those in configs/ have 2,000
-DEEPEST = 10  # sections and lists within each other; PyYAML's parser in C overflows its stack at some ten thousand
 LONGEST = 240  # characters of what an error repeats
 
 
@@ -110,6 +111,15 @@ class DistributedConfig(Section):
 
 
 @dataclass(frozen=True)
+class ReviewConfig(Section):
+    """What makes the verdict of `python -m loop.review` a go; fixed before the first vote."""
+
+    least_votes: int = 40
+    significance: float = 0.05  # of the exact one-sided sign test that the tuned model beats the base where one is better
+    more_wrong: float = 0.1  # how far the share of its comments with wrong facts may lie above the references'
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """How pipeline_train.py splits the model; train.py ignores this section."""
 
@@ -144,6 +154,7 @@ class Config:
     resume: Literal["auto", "never", "force"] = "auto"  # continue the run in its directory, start anew, or continue anyway
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # for pipeline_train.py
+    review: ReviewConfig = field(default_factory=ReviewConfig)
     log: str = "/tmp/chess-train.log"  # the console's lines, appended
 
     def __post_init__(self) -> None:
@@ -189,7 +200,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"{path}: over {MOST_BYTES:,} bytes, expected a configuration file, such as configs/4b.yaml")
     try:
         text = raw.decode("utf-8-sig")
-        check_nesting(text, path)
+        check_nesting(text)
         loaded = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: thousands of digits
         raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
@@ -200,24 +211,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     with errors_begin_with(path):
         merged: Any = OmegaConf.merge(OmegaConf.structured(Config), loaded)
     return overridden(merged, overrides or [], str(path))
-
-
-def check_nesting(text: str, path: str | Path) -> None:
-    """Reads YAML event by event, without recursion.
-
-    Raises:
-        ValueError: the YAML is nested too deep, or has aliases, with which a few lines can describe more than memory holds.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1 if event.start_mark else 0
-        if depth > DEEPEST:
-            raise ValueError(f"line {line} is nested more than {DEEPEST} deep, expected sections with their settings")
-        if depth == 0 and isinstance(event, yaml.ScalarEvent):
-            raise ValueError(f"expected sections such as model: and train:, found {shortened(event.value)!r}")
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {line} has an alias, *{event.anchor}, which is not supported: write the value itself")
 
 
 def overridden(config: Config | DictConfig, overrides: list[str], where: str = "the configuration") -> Config:

@@ -55,6 +55,24 @@ def test_each_host_gets_its_number_and_only_the_first_needs_rows(checkout):
     assert launch(checkout, "35b")[:2] == (0, "0: pipeline_train.py --config configs/35b.yaml")
 
 
+def test_the_35b_says_whether_there_is_a_go_for_the_4b_and_goes_on(checkout):
+    for split in ("train", "eval"):
+        program(checkout / f"data/processed/{split}.jsonl", "")
+    program(checkout / ".venv/bin/python", 'echo "$*" >> calls; [[ $* != *review.seal* ]]')  # as if it could not be read
+    asked = "-m loop.review.seal checkpoints/chess-tutor-4b-poc"
+    status, last, _ = launch(checkout, "35b")
+    assert status == 0 and last == "pipeline_train.py --config configs/35b.yaml"
+    assert (checkout / "calls").read_text().splitlines().count(asked) == 1
+    assert launch(checkout, "4b")[0] == 0 and asked not in (checkout / "calls").read_text()
+
+
+def test_a_review_needs_a_run(checkout):
+    status, _, said = launch(checkout, "review")
+    assert status == 2 and "bash launch.sh review checkpoints/demo" in said
+    program(checkout / ".venv/bin/python", 'echo "$*" >> calls')
+    assert launch(checkout, "review", "checkpoints/demo", "--verify")[:2] == (0, "-m loop.review checkpoints/demo --verify")
+
+
 @pytest.mark.parametrize("environment, wrong", [
     ({"NNODES": "two"}, "NNODES is 'two'"), ({"NNODES": "2", "HEAD": "host0:1"}, "NODE_RANK is '' of 2 hosts"),
     ({"NNODES": "2", "NODE_RANK": "2", "HEAD": "host0:1"}, "NODE_RANK is '2' of 2 hosts"),

@@ -1,0 +1,191 @@
+"""Writes what the untuned and the tuned model answer to held-out rows, each answer once, and the review that is made of them.
+Costs what decoding costs (model/decode), one run's model at a time; nothing where all answers are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.chat import ChatFormat
+from data.files import write_text
+from data.records import Row, open_rows, read_rows
+from loop import checkpoint
+from loop.config import Config
+from loop.review.checks import normalized, position_of, without_thought
+from loop.review.engine import NODES, Stockfish, find_stockfish, left_out
+from loop.review.lines import append_line, read_lines
+from loop.review.pairs import REVIEW
+from loop.review.samples import prompt_ids
+from loop.run import load_tokenizer
+from loop.state import load_adapters
+from model.build import build
+from model.decode.generate import Answer, generate
+from model.lora import adapters_off
+from model.weights.fetch import model_directory
+from model.weights.identity import quick_identity
+
+ANSWERS, ENGINE = "answers.jsonl", "engine.jsonl"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out row, as it is trained on and as its file has it."""
+
+    row: Row
+    raw: dict[str, Any]
+
+    @property
+    def reference(self) -> str:
+        return self.row.turns[-1].answer
+
+
+class Source:
+    """A run that is reviewed: its checkpoint, its model's directory and how it writes prompts."""
+
+    def __init__(self, run_dir: Path, config: Config, which: str) -> None:
+        self.run_dir, self.config, self.path = run_dir, config, find_checkpoint(run_dir, which)
+        self.model_dir = model_directory(config.model.path)
+        self.chat = ChatFormat(load_tokenizer(self.model_dir), config.data.think)
+        self.identity = quick_identity(self.model_dir)
+        self.adapter = checkpoint.read_json(self.path / checkpoint.MANIFEST)[checkpoint.ADAPTER]["sha256"]
+
+    def key(self, prompt: list[int], max_tokens: int, tuned: bool) -> str:
+        """Names an answer by all that it depends on."""
+        scale = (self.config.lora.rank, self.config.lora.alpha, self.config.lora.target) if tuned else None
+        parts = (self.identity, self.config.model.base, self.adapter if tuned else None, scale, prompt, max_tokens)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def build(self) -> Any:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        seed = self.config.train.seed
+        stage = build(self.model_dir, self.config.model.base, self.config.lora, seed=seed, device=device, recompute=False)
+        load_adapters(stage.adapters(), checkpoint.load(self.path).adapter)
+        return stage
+
+
+def find_checkpoint(run_dir: Path, which: str) -> Path:
+    """The best or the newest checkpoint, or that of a step; a run that is still training is left as it is.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    if which == "best":
+        return checkpoint.best(run_dir)
+    if which == "newest":
+        found = [path for path in checkpoint.list_checkpoints(run_dir) if checkpoint.verify(path) is None]
+        if not found:
+            raise ValueError(f"{run_dir}: no checkpoint there. Expected a run's directory with step-NNNNNNNN directories")
+        return found[-1]
+    if not which.isdigit():
+        raise ValueError(f"--checkpoint is {which!r}, expected best, newest, or the number of a step")
+    path = run_dir / f"step-{int(which):08d}"
+    if not path.is_dir():
+        there = ", ".join(str(int(path.name[5:])) for path in checkpoint.list_checkpoints(run_dir)) or "none"
+        raise ValueError(f"{path}: no such checkpoint, there are: {there}")
+    if problem := checkpoint.verify(path):
+        raise ValueError(f"{problem}. Choose another --checkpoint")
+    return path
+
+
+def held_out_rows(config: Config, num_rows: int) -> list[HeldOut]:
+    """Evenly spread rows of one question and one answer, of those that give a position if any does.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = config.data.eval
+    rows = [row for row in read_rows(path, config.data.sources, config.data.think)
+            if isinstance(row, Row) and len(row.turns) == 1]
+    with open_rows(path) as file:
+        lines = file.read().split(b"\n")
+    found = [HeldOut(row, json.loads(lines[row.line - 1].decode("utf-8-sig"))) for row in rows]
+    found = [row for row in found if position_of(row.raw)[0] is not None] or found
+    if not found:
+        raise ValueError(f"{path}: no row of one question and one answer from {', '.join(config.data.sources)}")
+    num_rows = min(num_rows, len(found))
+    return [found[index * len(found) // num_rows] for index in range(num_rows)]
+
+
+def write_review(directory: Path, sources: list[Source], num_rows: int, max_tokens: int | None) -> None:
+    """Writes the answers that are missing, then review.json, from which all else is read."""
+    first = sources[0]
+    rows = held_out_rows(first.config, num_rows)
+    if max_tokens is None:  # a model that writes more than twice the longest reference does not do what it was trained for
+        max_tokens = 2 * max(len(first.chat.tokenizer(row.row.messages[-1]["content"]).input_ids) for row in rows)
+    answers = {"base": answers_of(directory, first, rows, max_tokens, tuned=False)}
+    systems = {"base": "the untuned model"}
+    for system, source in zip(("tuned", "rival"), sources):
+        answers[system] = answers_of(directory, source, rows, max_tokens, tuned=True)
+        systems[system] = f"the tuned model ({source.path})"
+    trained_on, pairs = training_texts(first.config), []
+    for index, (row, engine) in enumerate(zip(rows, asked_engine(directory, rows))):
+        comments = {system: answers[system][index] for system in answers}
+        for comment in comments.values():
+            comment["trained_on"] = normalized(comment["text"]) in trained_on
+        comments["reference"] = {"text": row.reference, "at_limit": False, "trained_on": False}
+        pairs.append({"line": row.row.line, "row": row.raw, "comments": comments, "engine": engine})
+    described = {"systems": systems, "max_tokens": max_tokens, "eval": first.config.data.eval, "pairs": pairs,
+                 "checkpoints": [str(source.path) for source in sources], "model": first.config.model.path}
+    write_text(directory / REVIEW, json.dumps(described, ensure_ascii=False, indent=1) + "\n")
+
+
+def asked_engine(directory: Path, rows: list[HeldOut]) -> list[dict[str, Any] | None]:
+    """What Stockfish thinks of each row's move, asked once; None where the row has no move, or Stockfish is missing."""
+    if find_stockfish() is None:
+        print(left_out())
+        return [None] * len(rows)
+    positions = [position_of(row.raw) for row in rows]
+    keys = [f"{board.fen()} {move.uci()} {NODES}" if board and move else "" for board, move in positions]
+    written = {line["key"]: line for line in read_lines(directory / ENGINE)}
+    missing = [index for index, key in enumerate(keys) if key and key not in written]
+    if missing:
+        with Stockfish() as engine:
+            for index in tqdm(missing, unit="move", desc="Stockfish"):
+                board, move = positions[index]
+                assert board is not None and move is not None
+                found = engine.verdict(board, move)
+                line = {"key": keys[index], "engine": engine.name, "verdict": {**found._asdict(), "best": found.best.uci()}}
+                append_line(directory / ENGINE, line)
+                written[keys[index]] = line
+    return [written.get(key) for key in keys]
+
+
+def training_texts(config: Config) -> frozenset[str]:
+    """The answers of the training rows, if they are here."""
+    data = config.data
+    if not Path(data.train).expanduser().is_file():
+        return frozenset()
+    return frozenset(normalized(turn.answer) for row in read_rows(data.train, data.sources, data.think) if isinstance(row, Row)
+                     for turn in row.turns)
+
+
+def answers_of(directory: Path, source: Source, rows: list[HeldOut], max_tokens: int, tuned: bool) -> list[dict[str, Any]]:
+    """The answer to each row; those that answers.jsonl does not have are written to it as they are finished."""
+    prompts = [prompt_ids(row.row, source.chat) for row in rows]
+    keys = [source.key(prompt, max_tokens, tuned) for prompt in prompts]
+    written = {line["key"]: line for line in read_lines(directory / ANSWERS)}
+    missing = [index for index, key in enumerate(keys) if key not in written]
+    if missing:
+        stage = source.build()
+        with tqdm(total=len(missing), unit="answer", desc=f"{'tuned' if tuned else 'untuned'} model") as bar:
+
+            def finished(place: int, answer: Answer) -> None:
+                text = source.chat.tokenizer.decode(answer.text_ids)
+                line = {"key": keys[missing[place]], "text": text, "at_limit": not answer.stopped}
+                append_line(directory / ANSWERS, line)
+                written[line["key"]] = line
+                bar.update()
+
+            with nullcontext() if tuned else adapters_off(stage):
+                generate(stage, [prompts[index] for index in missing], stop_id=source.chat.stop_id, max_tokens=max_tokens,
+                         finished=finished)
+    keep = source.config.data.think == "keep"  # then a thought is no part of what the player reads
+    return [{"text": (without_thought(written[key]["text"]) if keep else written[key]["text"]).strip(),
+             "at_limit": written[key]["at_limit"]} for key in keys]
