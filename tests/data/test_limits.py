@@ -132,6 +132,7 @@ def test_the_time_starts_anew_and_waiting_does_not_count():
             start_anew()
 
 
+@pytest.mark.slow
 def test_an_exception_that_is_caught_comes_again():
     start = time.process_time()
     with pytest.raises(TooSlow), time_limit(0.1):

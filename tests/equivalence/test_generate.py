@@ -87,6 +87,7 @@ def test_greedy_answers_are_those_of_transformers(stage, theirs):
     assert len({token for answer in found for token in answer.ids}) > 20, "the answers say nothing"
 
 
+@pytest.mark.slow
 def test_greedy_answers_with_a_stop_token_are_those_of_transformers(stage, theirs):
     free = their_answers(theirs)
     stop_id = free[2][len(free[2]) // 2]
@@ -143,6 +144,7 @@ def test_log_probabilities_of_drawn_tokens_are_those_of_their_distribution(stage
     assert (found - p.gather(1, ids[:, None])[:, 0].log()).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_one_by_one_equals_a_batch(stage):
     for sampling in (Sampling(), Sampling(0.8, 0.9, seed=7)):
         together = generate(stage, prompts(), stop_id=10, max_tokens=24, batch_rows=8, sampling=sampling)

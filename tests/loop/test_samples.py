@@ -4,6 +4,8 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import pytest
+
 from loop.metrics import SAMPLES_FILE
 from loop.run import load_chat
 
@@ -30,6 +32,7 @@ def test_each_evaluation_writes_the_same_rows_and_changes_no_number(write_config
     assert said.count("answer to held-out line 1:") == len(steps)
 
 
+@pytest.mark.slow
 def test_lines_after_the_checkpoint_are_written_anew(write_config, run_train, tmp_path):
     config = write_config(checkpoint__keep=9)
     run_train(config, "eval.samples=1")

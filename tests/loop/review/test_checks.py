@@ -63,8 +63,8 @@ def test_the_demo_references_are_not_flagged():
 
 
 @pytest.mark.slow
-def test_five_thousand_fresh_references_are_not_flagged(tmp_path):
-    demo.write_rows(tmp_path / "short", 5000, 0, seed=77)
+def test_many_fresh_references_are_not_flagged(tmp_path):
+    demo.write_rows(tmp_path / "short", 1500, 0, seed=77)
     demo.write_rows(tmp_path / "long", 100, 0, seed=78, long=True)
     for rows in (read(tmp_path / "short/train.jsonl"), read(tmp_path / "long/train.jsonl")):
         share, flagged = share_flagged(rows)

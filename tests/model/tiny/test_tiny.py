@@ -18,6 +18,7 @@ QUESTION = [{"role": "user", "content": "Why?"}]
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_default_is_a_few_mb_with_the_real_depth(tmp_path: Path, layout: str) -> None:
     command = [sys.executable, "-m", "model.tiny", str(tmp_path / "out"), "--layout", layout]
