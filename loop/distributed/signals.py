@@ -183,7 +183,7 @@ class Signals:
         unanswered.cancel()
         step, is_saved = divmod(turn, 2)
         if is_unready or self.save is None or step == 0:
-            return "nothing was trained yet"
+            return "nothing was trained since its start"
         self.turns.finish(turn)
         if is_saved:
             return f"step {step} was saved already. {REMEDY}"
