@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
 from typing import Any, Callable, Iterator
 
 import torch
@@ -19,6 +18,7 @@ from loop.distributed.watch import REMEDY, Watch
 from loop.errors import FAILED, FOR_USER, STOPPING, end_process, heeded, name_of, record_exit
 
 SAME_S = 3.0  # signals so close count as one: batch systems signal a rank and its launcher, which passes the signal on
+POLL_S = 0.5
 UNANSWERED_S = 3.0  # after so long a rank says which rank it waits for
 LIMIT_S = 25.0  # launchers kill their ranks 30 s after a signal
 KEY = "stop"  # in the store that all ranks share
@@ -69,8 +69,10 @@ class Signals:
         self.save: Callable[[int], str] | None = None  # saves the step, on all ranks together, and says what was done
         self.updated: Any = None  # on a GPU, what the last update has recorded: it may still be computing
         self.watch, self.store, self.group = Watch(), None, None  # type: Watch, Any, dist.ProcessGroup | None
+        self.others: threading.Thread | None = None  # waits for other ranks' signals
         self.before: dict[int, Any] = {}  # handlers, by signal
         self.stopped_at: float | None = None
+        self.has_ended = threading.Event()  # set when the run no longer listens
         self.is_finished = False  # whether all is saved that the run was to train
         self.lock = threading.Lock()
 
@@ -87,6 +89,9 @@ class Signals:
     def listen_no_more(self) -> None:
         """Gives signals back the effect that they had before `listen`."""
         signal.set_wakeup_fd(-1)
+        self.has_ended.set()
+        if self.others is not None:
+            self.others.join(2 * POLL_S)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -98,7 +103,8 @@ class Signals:
             group: all ranks, on the CPU, for nothing else.
         """
         self.store, self.group = store.clone(), group
-        threading.Thread(target=self.wait_for_others, args=(store.clone(),), name="others", daemon=True).start()
+        self.others = threading.Thread(target=self.wait_for_others, args=(store.clone(),), name="others", daemon=True)
+        self.others.start()
 
     # The main thread's part
 
@@ -131,11 +137,12 @@ class Signals:
                     self.stop(name, 128 + number)
 
     def wait_for_others(self, store: Any) -> None:
-        """Waits until another rank stops the run."""
+        """Waits until another rank stops the run. Asks again and again: a process that ends while a thread of it waits in torch
+        is aborted."""
         try:
             while not store.check([KEY]):
-                with suppress(dist.DistStoreError):  # the longest wait that a store takes is over, but the run is not
-                    store.wait([KEY], timedelta(days=20))
+                if self.has_ended.wait(POLL_S):
+                    return
             status, _, reason = store.get(KEY).decode().partition(" ")
         except RuntimeError:  # the process with the store is gone, which whoever waits for a rank will notice
             return
