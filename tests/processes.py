@@ -18,6 +18,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
+# Each start of a process asks how all others ended. Where threads start processes, two of them may ask of the same one, and the
+# second is told 255.
+setattr(multiprocessing.process, "_cleanup", lambda: None)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "pipeline_train", "loop.plan.__main__"])
 CLONE_NEWNET = 0x40000000
