@@ -138,7 +138,8 @@ class Nf4Linear(FrozenLinear):
         offset = self.absmax.mean()
         quantized, state2 = bnb.quantize_blockwise(self.absmax - offset, blocksize=ABSMAX_BLOCK)
         self.state = bnb.QuantState(
-            absmax=quantized, shape=(self.out_features, self.in_features), code=code, blocksize=NF4_BLOCK,
+            # flat: of a matrix whose rows end within a block, bitsandbytes' CPU kernel takes the wrong absmax
+            absmax=quantized, shape=(self.out_features * self.in_features,), code=code, blocksize=NF4_BLOCK,
             quant_type="nf4", dtype=self.dtype, offset=offset, state2=state2,
         )
         del self.absmax
@@ -148,8 +149,10 @@ class Nf4Linear(FrozenLinear):
         if "nf4" in OFF:
             state, scales = self.state, self.state.state2
             absmax = plain_blockwise(state.absmax, scales.absmax, scales.code) + state.offset
-            return plain_nf4(self.packed, absmax, self.dtype)[: self.out_features * self.in_features].view(state.shape)
-        return bnb.dequantize_4bit(self.packed, self.state)
+            weights = plain_nf4(self.packed, absmax, self.dtype)[: self.out_features * self.in_features]
+        else:
+            weights = bnb.dequantize_4bit(self.packed, self.state)
+        return weights.view(self.out_features, self.in_features)
 
 
 def dequantize_int8(weight_XI: Tensor, scale_X: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,14 +46,18 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Token ids [1, T] on the first stage, else hidden states [1, T, D]; returns hidden states [1, T, D]."""
+        x_1TD, rotary = self.begin(x, positions_T)
+        for number in range(self.first // 2, (self.stop + 1) // 2):
+            x_1TD = self.run_layer(number, x_1TD, rotary, segments)
+        return x_1TD
+
+    def begin(self, x: Tensor, positions_T: Tensor) -> tuple[Tensor, Any]:
+        """Hidden states [1, T, D] in front of the stage's first layer, and the rotary tables of all layers."""
         text_model = self.model.model
         x_1TD = text_model.embed_tokens(x) if self.is_first else x
         # a multimodal model takes three rows of positions (time, height, width), which are equal for text
         is_3d = hasattr(text_model.rotary_emb, "mrope_section")
-        rotary = text_model.rotary_emb(x_1TD, positions_T.expand(3, 1, -1) if is_3d else positions_T[None])
-        for number in range(self.first // 2, (self.stop + 1) // 2):
-            x_1TD = self.run_layer(number, x_1TD, rotary, segments)
-        return x_1TD
+        return x_1TD, text_model.rotary_emb(x_1TD, positions_T.expand(3, 1, -1) if is_3d else positions_T[None])
 
     def run_layer(self, number: int, x_1TD: Tensor, rotary: Any, segments: Segments) -> Tensor:
         """One decoder layer, or the sublayer of it that this stage holds; its activations are kept or recomputed."""
