@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
@@ -29,6 +29,7 @@ class Saved:
     adapter: dict[str, Tensor]  # in peft's names
     adapter_config: dict[str, Any]
     optimizer: dict[str, Tensor]
+    files: dict[str, bytes] = field(default_factory=dict)  # others, by name, which make the directory load as it lies
 
 
 def save(run_dir: Path, saved: Saved, keep: int) -> Path:
@@ -92,6 +93,8 @@ def write_files(partial: Path, saved: Saved) -> None:
     save_file({name: tensor.to("cpu", copy=True) for name, tensor in saved.optimizer.items()}, partial / OPTIMIZER)
     write_json(partial / ADAPTER_CONFIG, saved.adapter_config)
     write_json(partial / STATE, {"version": VERSION, **saved.state})
+    for name, content in saved.files.items():
+        (partial / name).write_bytes(content)
     files = sorted(partial.iterdir())
     for file in files:
         make_readable(file)
@@ -199,7 +202,7 @@ def verify_state(file: Path, path: Path) -> str | None:
 
 
 def load(path: Path) -> Saved:
-    """Reads a verified checkpoint."""
+    """Reads a verified checkpoint, all but its `files`."""
     return Saved(read_json(path / STATE), load_file(path / ADAPTER), read_json(path / ADAPTER_CONFIG),
                  load_file(path / OPTIMIZER))
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from data.batches import Batches
 from data.chat import ChatFormat
 from data.files import open_regular, sync
+from data.template import tokenizer_files
 from data.tokenized import TokenizedRows, load_rows
 from loop.config import Config
 from loop.distributed.groups import Ranks
@@ -30,7 +31,7 @@ from model.weights.fetch import from_cache, model_directory
 from model.weights.header import parse_json_object
 
 TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
-                   "chat_template.jinja")
+                   "chat_template.jinja", "generation_config.json")
 LOCK = ".lock"
 LOCKS: dict[Path, TextIO] = {}  # by the directory that this process has locked; kept open until the process ends
 
@@ -155,6 +156,8 @@ def load_state(
     """
     settings: Course = ranks.on_main(lambda: course(config, model_dir, batches.rows, held_out.rows)) or {}
     newest = ranks.on_main(lambda: newest_checkpoint(config, settings, say))
+    chat = ranks.on_main(lambda: ChatFormat(load_tokenizer(model_dir), config.data.think))
+    files = ranks.on_main(lambda: tokenizer_files(chat) if chat else {}) or {}
     with memory.during("build"):
         stage, weights = build_empty(
             model_dir, config.model.base, config.lora, seed=config.train.seed, device=ranks.device,
@@ -170,16 +173,15 @@ def load_state(
     adapters = stage.adapters()
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
     memory.attach(stage.model, adapters.values(), optimizer)
-    return State(stage, adapters, optimizer, settings, checksums, newest, load_chat(config, model_dir, ranks, say))
+    return State(stage, adapters, optimizer, settings, checksums, newest, for_samples(config, chat, ranks, say), files)
 
 
-def load_chat(config: Config, model_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> ChatFormat | None:
+def for_samples(config: Config, chat: ChatFormat | None, ranks: Ranks, say: Callable[[str], None]) -> ChatFormat | None:
     """What `eval.samples` needs, on the rank that writes the answers."""
     if config.eval.samples and ranks.num_stages > 1:
         say("no samples.jsonl is written: eval.samples needs the whole model on one rank")
-    elif config.eval.samples and ranks.is_main:
-        return ChatFormat(load_tokenizer(model_dir), config.data.think)
-    return None
+        return None
+    return chat if config.eval.samples else None
 
 
 def headline(batches: Batches, state: State, ranks: Ranks) -> str:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from data.chat import ChatFormat
-from data.files import write_text
+from data.files import write_text, write_whole
 from loop import checkpoint
 from loop.config import Config, to_yaml
 from loop.distributed.groups import Ranks
 from loop.identity import WEIGHTS, WEIGHTS_FILE, Course, changed_tensors, changes
 from loop.optim import load_optimizer, named_states
+from model.config import base_name
 from model.lora import peft_config, to_peft_name
 from model.stages import Stage
 
@@ -34,6 +35,7 @@ class State:
     checksums: dict[str, int] = field(default_factory=dict)  # of the base model's tensors
     newest: Path | None = None  # the checkpoint to continue from, on rank 0
     chat: ChatFormat | None = None  # on rank 0, where the whole model is there and `eval.samples` asks for answers
+    files: dict[str, bytes] = field(default_factory=dict)  # tokenizer, template and the like, by file name; on rank 0
     step: int = 0  # optimizer steps done
     evaluated: bool = True  # whether the evaluation after this step was made, if one is due; not so after a stop by a signal
     saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
@@ -86,6 +88,18 @@ def resume(config: Config, state: State, ranks: Ranks, say: Callable[[str], None
     if ranks.is_main:
         write_text(config.run_dir / "config.yaml", to_yaml(config))
         write_text(config.run_dir / WEIGHTS_FILE, json.dumps(state.checksums))
+        write_once(config.run_dir, state.files, say)
+
+
+def write_once(run_dir: Path, files: dict[str, bytes], say: Callable[[str], None]) -> None:
+    """Writes files of which a run has one copy; says which of them were others, as after the model's publisher changed one."""
+    for name, content in files.items():
+        path = run_dir / name
+        known = path.read_bytes() if path.exists() else None
+        if known not in (None, content):
+            say(f"warning: {path} is not what this run's model and settings make of it, and is written anew")
+        if known != content:
+            write_whole(path, lambda file: file.write_bytes(content))
 
 
 @torch.no_grad()
@@ -115,7 +129,8 @@ def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, sa
         state.saved_at, said = time.monotonic(), ""
         if ranks.is_main:
             described = {"step": state.step, "eval_loss": eval_loss, "settings": state.settings}
-            saved = checkpoint.Saved(described, adapter, peft_config(config.lora, config.model.path), optimizer)
+            adapter_config = peft_config(config.lora, base_name(config.model.path))
+            saved = checkpoint.Saved(described, adapter, adapter_config, optimizer, state.files)
             said = f"saved {checkpoint.save(config.run_dir, saved, config.checkpoint.keep)}"
             say(said)
         return said

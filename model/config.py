@@ -58,6 +58,12 @@ def local_directory(path: str) -> Path | None:
     return None
 
 
+def base_name(path: str) -> str:
+    """How an adapter names its base model: an absolute path, since others read it elsewhere, or a name on the hub."""
+    directory = Path(path).expanduser()
+    return str(directory.absolute()) if directory.is_dir() else path
+
+
 def check_targets(config: LoraConfig, names: Iterable[str], has_experts: bool = False) -> None:
     """Checks that the model has everything that is to be adapted; `names` are the names of all its linears.
 

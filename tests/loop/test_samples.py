@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from loop.metrics import SAMPLES_FILE
-from loop.run import load_chat
+from loop.run import for_samples
 
 
 def read(path):
@@ -45,6 +45,6 @@ def test_lines_after_the_checkpoint_are_written_anew(write_config, run_train, tm
 
 
 def test_a_pipeline_says_that_it_writes_none(capsys):
-    config = SimpleNamespace(eval=SimpleNamespace(samples=2))
-    assert load_chat(config, None, SimpleNamespace(is_main=True, num_stages=2), print) is None
+    config, chat = SimpleNamespace(eval=SimpleNamespace(samples=2)), object()
+    assert for_samples(config, chat, SimpleNamespace(num_stages=2), print) is None
     assert "eval.samples needs the whole model on one rank" in capsys.readouterr().out

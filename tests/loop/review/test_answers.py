@@ -115,7 +115,7 @@ def test_from_a_finished_run_to_a_verdict(source):
     assert (run_dir / "review/report.html").stat().st_size > 2000
     done = run_command(run_dir, "--verify")
     assert done.returncode == 0 and "The verdict holds" in done.stdout, done.stdout + done.stderr
-    template = next(key for key in json.loads((run_dir / "review/verdict.json").read_text())["seal"] if "template" in key)
+    template = next(key for key in json.loads((run_dir / "review/verdict.json").read_text())["seal"] if "template of" in key)
     assert "llama" in template
     file = next(run_dir.glob("step-*/adapter_model.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
