@@ -4,7 +4,7 @@ Costs one slice of 2 M weights, about 40 MB, for each writing thread, whatever t
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from model.tiny.shapes import Stored, checkpoint_tensors, text_config, wrapped_config
 from model.tiny.tokenizer import write_tokenizer
+from model.weights.header import ITEM_BYTES
+from model.weights.writer import ShardWriter, as_json
 
 # R rows, C columns, B blocks
 
@@ -68,81 +70,42 @@ def write_tiny(out: str | Path, kind: str = "qwen3_5_moe", layout: str = "fused"
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
             "modules_to_not_convert": [tensor.name.removesuffix(".weight") for tensor in tensors
                                        if tensor.name.endswith(".weight") and not tensor.is_linear]}
-    _write_json(out / "config.json", config)
-    _write_json(out / "generation_config.json", {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95,
-                                                 "eos_token_id": stop_ids, "pad_token_id": text["eos_token_id"]})
+    (out / "config.json").write_bytes(as_json(config))
+    (out / "generation_config.json").write_bytes(as_json({
+        "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": stop_ids,
+        "pad_token_id": text["eos_token_id"]}))
     _write_shards(out, tensors, is_fp8=layout == "fp8", seed=seed)
     return out
 
 
-# Headers and data
-
-
 def _write_shards(out: Path, tensors: list[Stored], is_fp8: bool, seed: int) -> None:
     """Writes all headers, then draws and writes the tensors, in as many threads as torch uses."""
-    entries: list[tuple[str, str, tuple[int, ...], int]] = []  # name, dtype, shape, bytes
+    stored: list[tuple[str, str, tuple[int, ...]]] = []  # name, dtype, shape
     for tensor in tensors:
-        num_weights = torch.Size(tensor.shape).numel()
         if is_fp8 and tensor.is_linear:
-            blocks = tuple(-(-size // FP8_BLOCK) for size in tensor.shape)
-            entries.append((tensor.name, "F8_E4M3", tensor.shape, num_weights))
-            entries.append((f"{tensor.name}_scale_inv", "BF16", blocks, 2 * torch.Size(blocks).numel()))
+            stored.append((tensor.name, "F8_E4M3", tensor.shape))
+            stored.append((f"{tensor.name}_scale_inv", "BF16", tuple(-(-size // FP8_BLOCK) for size in tensor.shape)))
         else:
-            entries.append((tensor.name, tensor.dtype, tensor.shape, num_weights * DTYPES[tensor.dtype].itemsize))
-    total_bytes = sum(num_bytes for *_, num_bytes in entries)
-    shards: list[list[tuple[str, str, tuple[int, ...], int]]] = [[]]
-    shard_bytes = 0
-    for entry in entries:
-        if shards[-1] and shard_bytes + entry[3] > min(SHARD_BYTES, -(-total_bytes // MIN_SHARDS)):
-            shards.append([])
-            shard_bytes = 0
-        shards[-1].append(entry)
-        shard_bytes += entry[3]
-
-    places: dict[str, tuple[Path, int]] = {}
-    for number, shard in enumerate(shards, 1):
-        places.update(_write_header(out / f"model-{number:05}-of-{len(shards):05}.safetensors", shard))
-    _write_json(out / "model.safetensors.index.json", {
-        "metadata": {"total_size": total_bytes}, "weight_map": {name: file.name for name, (file, _) in places.items()}})
+            stored.append((tensor.name, tensor.dtype, tensor.shape))
+    total_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in stored)
+    writer = ShardWriter(out, stored, min(SHARD_BYTES, -(-total_bytes // MIN_SHARDS)))
     num_threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-            for _ in pool.map(partial(_write_tensor, places=places, is_fp8=is_fp8, seed=seed), tensors):
+            for _ in pool.map(partial(_write_tensor, writer=writer, is_fp8=is_fp8, seed=seed), tensors):
                 pass
     finally:
         torch.set_num_threads(num_threads)  # else the initializer's 1 would hold for all later threads
 
 
-def _write_header(file: Path, shard: list[tuple[str, str, tuple[int, ...], int]]) -> dict[str, tuple[Path, int]]:
-    """Writes the header and gives the file its final size; returns where each tensor goes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, dtype, shape, num_bytes in shard:
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + num_bytes]}
-        position += num_bytes
-    data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)
-    with open(file, "wb") as opened:
-        opened.write(len(data).to_bytes(8, "little") + data)
-        opened.truncate(8 + len(data) + position)
-    return {name: (file, 8 + len(data) + header[name]["data_offsets"][0]) for name, *_ in shard}
-
-
-def _write_tensor(tensor: Stored, places: dict[str, tuple[Path, int]], is_fp8: bool, seed: int) -> None:
-    outputs = [places[tensor.name]]
-    if is_fp8 and tensor.is_linear:
-        outputs.append(places[f"{tensor.name}_scale_inv"])
-    files = [open(file, "r+b") for file, _ in outputs]
-    try:
-        for opened, (_, offset) in zip(files, outputs):
-            opened.seek(offset)
-        for values in _slices(tensor, seed):
-            parts = quantize_fp8(values) if len(files) == 2 else (values.to(DTYPES[tensor.dtype]),)
-            for opened, part in zip(files, parts):
-                opened.write(part.contiguous().view(torch.uint8).numpy().data)
-    finally:
-        for opened in files:
-            opened.close()
+def _write_tensor(tensor: Stored, writer: ShardWriter, is_fp8: bool, seed: int) -> None:
+    names = [tensor.name, f"{tensor.name}_scale_inv"] if is_fp8 and tensor.is_linear else [tensor.name]
+    written = [0] * len(names)
+    for values in _slices(tensor, seed):
+        parts = quantize_fp8(values) if len(names) == 2 else (values.to(DTYPES[tensor.dtype]),)
+        for i, part in enumerate(parts):
+            writer.write(names[i], written[i], part)
+            written[i] += part.numel()
 
 
 def _slices(tensor: Stored, seed: int) -> Iterator[Tensor]:
@@ -167,7 +130,3 @@ def quantize_fp8(values_RC: Tensor) -> tuple[Tensor, Tensor]:
     scale_BB = (blocks.abs().amax(dim=(1, 3)) / FP8_MAX).clamp_min(1e-12).bfloat16()
     codes = (blocks / scale_BB.float()[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return codes.view(padded.shape)[:num_rows, :num_columns], scale_BB
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
