@@ -47,10 +47,13 @@ class Checkpoint:
     `*.safetensors`. If there is a `manifest.json`, the files must have the sizes that it gives; `verify_manifest` checks
     their bytes. Reading rows is thread-safe, since no file position is kept.
 
+    Args:
+        whole: also open the tensors that only other parts of the model need, such as its vision tower, which are not built.
+
     Raises CheckpointError, which names the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, whole: bool = False) -> None:
         self.path = Path(path)
         self.on_read: Callable[[TensorInfo, int, memoryview], object] | None = None  # called with what was read, and where
         self._descriptors: dict[Path, int] = {}
@@ -71,7 +74,7 @@ class Checkpoint:
             if name not in stored or stored[name].file != file:
                 raise CheckpointError(f"{file}: does not hold the tensor {short(name)} that the index promises; index "
                                       "and shards are not of one checkpoint, download them again")
-        named = _built_names(stored.values())
+        named = _built_names(tensor for tensor in stored.values() if whole or not IGNORED.match(tensor.name))
         self.scales = {name.removesuffix("_scale_inv"): info for name, info in named.items()
                        if name.endswith("_scale_inv")}
         self.tensors = {name: info for name, info in named.items() if not name.endswith("_scale_inv")}
@@ -240,8 +243,6 @@ def json_file(file: Path) -> dict[str, Any]:
 def _built_names(stored: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
     named: dict[str, TensorInfo] = {}
     for info in stored:
-        if IGNORED.match(info.name):
-            continue
         name = info.name
         for prefix, built in PREFIXES.items():
             if name.startswith(prefix):
