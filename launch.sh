@@ -98,7 +98,7 @@ case $command in
     fi
     .venv/bin/python -m loop.distributed.launch --nproc-per-node "$ranks" train.py --config configs/demo.yaml "$@"
     run_dir=checkpoints/$(setting run run configs/demo.yaml "$@")
-    .venv/bin/python -m loop.review.samples "$run_dir" --max-tokens 60
+    .venv/bin/python -m loop.review.samples "$run_dir" || true
     cat <<EOF
 
 What next:

@@ -22,7 +22,6 @@ from loop.review.checks import normalized, position_of, without_thought
 from loop.review.engine import NODES, Stockfish, find_stockfish, left_out
 from loop.review.lines import append_line, read_lines
 from loop.review.pairs import REVIEW
-from loop.review.samples import prompt_ids
 from loop.run import load_tokenizer
 from loop.state import load_adapters
 from model.build import build
@@ -55,6 +54,10 @@ class Source:
         self.chat = ChatFormat(load_tokenizer(self.model_dir), config.data.think)
         self.identity = quick_identity(self.model_dir)
         self.adapter = checkpoint.read_json(self.path / checkpoint.MANIFEST)[checkpoint.ADAPTER]["sha256"]
+
+    def prompt(self, row: Row) -> list[int]:
+        text = self.chat.prompt(row.messages[:-1], thinking=row.turns[-1].thought is not None)
+        return self.chat.tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
     def key(self, prompt: list[int], max_tokens: int, tuned: bool) -> str:
         """Names an answer by all that it depends on."""
@@ -168,7 +171,7 @@ def training_texts(config: Config) -> frozenset[str]:
 
 def answers_of(directory: Path, source: Source, rows: list[HeldOut], max_tokens: int, tuned: bool) -> list[dict[str, Any]]:
     """The answer to each row; those that answers.jsonl does not have are written to it as they are finished."""
-    prompts = [prompt_ids(row.row, source.chat) for row in rows]
+    prompts = [source.prompt(row.row) for row in rows]
     keys = [source.key(prompt, max_tokens, tuned) for prompt in prompts]
     written = {line["key"]: line for line in read_lines(directory / ANSWERS)}
     missing = [index for index, key in enumerate(keys) if key not in written]
