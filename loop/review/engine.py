@@ -3,33 +3,28 @@ Needs python-chess and the program `stockfish` (Debian: apt-get install stockfis
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import TracebackType
 
 import chess
 import chess.engine
 
-from loop.review.comment import Comment, Flag, pushed
+from loop.review.comment import Comment, Flag
 from loop.review.strength import Verdict, false_best, false_mistake, false_only, false_winning
 
 NODES, HASH_MIB = 200_000, 16
 MATE_CP = 10_000
 PLIES = 8                       # of the best line
-DEBIAN = Path("/usr/games/stockfish")     # where Debian puts it; root's PATH often leaves this folder out
+DEBIAN = "/usr/games"           # where Debian puts it; root's PATH often leaves this folder out
 
 EngineCheck = Callable[[Comment, Verdict], Iterator[Flag]]
 ENGINE_CHECKS: dict[str, EngineCheck] = {
-    "false_best": false_best,
-    "false_only": false_only,
-    "false_mistake": false_mistake,
-    "false_winning": false_winning,
-}
+    check.__name__: check for check in (false_best, false_only, false_mistake, false_winning)}
 
 
 def find_stockfish() -> str | None:
-    return shutil.which("stockfish") or (str(DEBIAN) if DEBIAN.exists() else None)
+    return shutil.which("stockfish", path=os.pathsep.join((os.environ.get("PATH", ""), DEBIAN)))
 
 
 def left_out() -> str:
@@ -64,44 +59,24 @@ class Stockfish:
     def __enter__(self) -> Stockfish:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.process.quit()
 
-    def search(self, board: chess.Board, num_lines: int = 1) -> list[chess.engine.InfoDict]:
+    def search(self, board: chess.Board, moves: list[chess.Move]) -> chess.engine.InfoDict:
+        """Looks for the best of `moves`."""
         # a new object for `game` makes python-chess send ucinewgame, which empties the hash
-        return self.process.analyse(board, chess.engine.Limit(nodes=self.nodes), multipv=num_lines, game=object())
+        return self.process.analyse(board, chess.engine.Limit(nodes=self.nodes), game=object(), root_moves=moves)
 
     def verdict(self, board: chess.Board, move: chess.Move) -> Verdict:
-        """The two best moves in the position, and the position after the move, each by a search of its own."""
-        us, after = board.turn, pushed(board, move)
-        lines = [info for info in self.search(board, num_lines=2) if info.get("pv")]
-        scores = {info["pv"][0]: info["score"].pov(us) for info in lines}
-        line, played = lines[0]["pv"], ended(after, us)
-        if played is None:
-            reply = self.search(after)[0]
-            played = reply["score"].pov(us)
-            if played > scores[line[0]]:    # searched alone, the move turns out better than all others
-                line = [move, *reply.get("pv", [])]
-        before = played if line[0] == move else scores[line[0]]
-        others = [chance(score) for other, score in scores.items() if other != move]
-        return Verdict(line[0], board.variation_san(line[:PLIES]), chance(before), chance(played), max(others, default=None),
-                       in_cp(before), in_cp(played))
-
-
-def ended(board: chess.Board, color: chess.Color) -> chess.engine.Score | None:
-    """The score of a game that is over, which is not searched."""
-    if board.is_checkmate():
-        return chess.engine.MateGiven if board.turn != color else -chess.engine.MateGiven
-    return chess.engine.Cp(0) if board.is_stalemate() or board.is_insufficient_material() else None
-
-
-def chance(score: chess.engine.Score) -> float:
-    """Expected points from 0 to 1, by lichess' formula, which is the same for every version of Stockfish."""
-    return score.wdl(model="lichess").expectation()
-
-
-def in_cp(score: chess.engine.Score) -> int:
-    return score.score(mate_score=MATE_CP)
+        """Compares the move with the best of all other moves, each by a search of its own."""
+        searched = [self.search(board, moves) for moves in
+                    ([move], [other for other in board.legal_moves if other != move]) if moves]
+        scores = [info["score"].pov(board.turn) for info in searched]
+        best = scores.index(max(scores))    # the move itself, if another one is as good
+        line = searched[best]["pv"]
+        chances = [score.wdl(model="lichess").expectation() for score in scores]    # a formula of its own, not Stockfish's
+        return Verdict(line[0], board.variation_san(line[:PLIES]), chances[best], chances[0], max(chances[1:], default=None),
+                       *(scores[which].score(mate_score=MATE_CP) for which in (best, 0)))
 
 
 def judge_strength(comment: Comment, verdict: Verdict) -> list[Flag]:

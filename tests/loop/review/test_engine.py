@@ -43,7 +43,7 @@ def test_what_is_said_of_strength_is_compared_with_the_verdict(check, text, quot
 
 def test_a_missing_stockfish_is_named_with_what_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(engine, "DEBIAN", tmp_path / "stockfish")
+    monkeypatch.setattr(engine, "DEBIAN", str(tmp_path))
     assert engine.find_stockfish() is None
     with pytest.raises(ValueError, match="false_best, false_only, false_mistake, false_winning.*apt-get install stockfish"):
         engine.Stockfish()
