@@ -17,7 +17,7 @@ BY_HAND = [json.loads(line) for line in (Path(__file__).parent / "comments.jsonl
 
 def comment_by_hand(row, trained_on=frozenset()):
     return Comment(row["text"], chess.Board(row["fen"]), chess.Move.from_uci(row["move_uci"]), row.get("metadata", {}),
-                   trained_on=trained_on)
+                   row.get("at_limit", False), trained_on)
 
 
 def after(moves):

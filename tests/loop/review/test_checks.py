@@ -117,11 +117,11 @@ CASES = [  # check, moves, a text and what is flagged in it, a text about the sa
     ("stray_tags", RUY, "A fine move.<|im_end|>", "<|im_end|>", "White's bishop <b>pins</b> nothing, 3 < 4."),
     ("stray_tags", RUY, "<think>A move.", "<think>", "I think that it is fine."),
     ("cut_off", RUY, "White develops. Black now has the", "the", "White develops. Black has a reply: 3...a6"),
-    ("cut_off", RUY, "White develops. Black now moves a pawn", "pawn", "normal move, bishop to b5... material is even"),
-    ("repetition", RUY, "It is good. It is good. It is good.", "It is good. It is good. It is good",
+    ("cut_off", RUY, "White develops. Black has a pawn,", "pawn,", "normal move, bishop to b5... material is even"),
+    ("repetition", RUY, "It is good. It is good. It is good.", "It is good. It",
      "Good for White. Good for Black? No. The bishop is good on b5, good on c4, and good on e2."),
-    ("repetition", RUY, "White has the edge here. So it is. White has the edge here. Right. White has the edge here.",
-     "White has the edge here.", "White has the edge here. Black has the edge there."),
+    ("repetition", RUY, "White has the edge for now, I think. White has the edge for now, I think.",
+     "White has the edge", "White has the edge here. Black has the edge there."),
 ]
 
 
