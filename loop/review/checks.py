@@ -109,11 +109,10 @@ def copied(comment: Comment) -> Iterator[Flag]:
 
 
 Check = Callable[[Comment], Iterator[Flag]]
-TEXT_CHECKS: dict[str, Check] = {check.__name__: check for check in (
-    empty, stray_tags, cut_off, repetition, copied, contradicts_classification, contradicts_loss)}
+TEXT_CHECKS: dict[str, Check] = {check.__name__: check for check in (empty, stray_tags, cut_off, repetition, copied)}
 BOARD_CHECKS: dict[str, Check] = {check.__name__: check for check in (
     illegal_move, wrong_square, false_check, false_mate, false_capture, false_attack, false_defence, false_castling,
-    false_undefended)}
+    false_undefended, contradicts_classification, contradicts_loss)}
 CHECKS = TEXT_CHECKS | BOARD_CHECKS
 
 

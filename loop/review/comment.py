@@ -1,27 +1,26 @@
 """A comment with its position: its sentences, the lines that it follows, and whether some words of it are a plain claim.
-Needs python-chess. Well under a millisecond a comment; keeps a few boards of some hundred bytes each."""
+Needs python-chess. One or two milliseconds a comment; keeps a few boards of some hundred bytes each."""
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import chess
 
-from loop.review.words import CASTLING, HEDGE, Mention, Named, named_moves, piece_mentions
+from loop.review.words import HEDGE, KINDS, PIECE, SIDE, SQUARE, THE, Mention, Named, named_moves
 
-# How much is followed of the lines in one comment, so that a text of nothing but moves costs no seconds; the rest is let pass.
-MAX_MOVES, MAX_BOARDS = 80, 32
-FAR = 600           # characters; a sentence is read no further from what is judged
+MAX_MOVES = 60      # so many are followed in one comment, so that a text of nothing but moves costs no seconds
 
-SAN_PARTS = re.compile(r"(?P<kind>[KQRBN])?(?P<file>[a-h])?(?P<rank>[1-8])?x?(?P<to>[a-h][1-8])(?:=?(?P<new>[QRBN]))?")
 SENTENCE_END = re.compile(r"(?<![ \d]\d)(?<!^\d)(?<!\.)[.!?…]+[\"')\]’”]*(?=\s+[^a-z\s]|\s*$)|\n+")
 CLAUSE_END = re.compile(r"[,;:.!?()—\n]| (?:and|but|because|since|so|while|yet|whereas)\b")
-LATE_CONDITION = re.compile(r"[,;—] *(?:if|when|after|once|unless|until|provided|should|as soon)\b")
+LATE_CONDITION = re.compile(r"[,;—]? *(?:and )?(?:if|when|then|after|once|unless|until|provided|should|as soon)\b")
+SUBJECT = rf"(?:\b(?P<side>{SIDE})|(?:{THE}|\ban?) (?:\w+ )?(?P<kind>{PIECE})(?: on {SQUARE})?)"
+ACTS = re.compile(rf"{SUBJECT} (?:(?:now|simply|just|also|then) )?$", re.IGNORECASE)
+BEGINS = re.compile(rf"\W*{SUBJECT} ", re.IGNORECASE)
 
 
 class Flag(NamedTuple):
@@ -60,161 +59,119 @@ class Comment:
     @cached_property
     def before(self) -> chess.Board:
         assert self.board is not None
-        return self.board.copy(stack=False)
+        return self.board
+
+    @cached_property
+    def played(self) -> chess.Move:
+        assert self.move is not None
+        return self.move
 
     @cached_property
     def after(self) -> chess.Board:
-        assert self.move is not None
-        return pushed(self.before, self.move)
-
-    @cached_property
-    def boards(self) -> tuple[chess.Board, chess.Board]:
-        return self.before, self.after
+        return pushed(self.before, self.played)
 
     @cached_property
     def san(self) -> str:
-        assert self.move is not None
-        return self.before.san(self.move).rstrip("+#")
-
-    @property
-    def ply(self) -> int:
-        return ply_of(self.before)
+        return self.before.san(self.played).rstrip("+#")
 
     @cached_property
     def sentences(self) -> list[tuple[int, int]]:
         ends = [match.end() for match in SENTENCE_END.finditer(self.text)] + [len(self.text)]
-        starts = [0] + ends[:-1]
-        return [(start, end) for start, end in zip(starts, ends) if self.text[start:end].strip()]
+        return [(start, end) for start, end in zip([0, *ends], ends) if self.text[start:end].strip()]
+
+    def sentence(self, position: int) -> tuple[int, int]:
+        """Begin and end of the sentence in which `position` lies."""
+        return next(((start, end) for start, end in self.sentences if start <= position < end), (0, len(self.text)))
+
+    def clause_end(self, position: int) -> int:
+        """Where the clause ends whose words up to `position` are looked at."""
+        last = self.sentence(position - 1)[1]
+        stop = CLAUSE_END.search(self.text, position, last)
+        return stop.start() if stop else last
 
     @cached_property
     def moves(self) -> list[Named]:
         return list(named_moves(self.text))
 
     @cached_property
-    def move_starts(self) -> list[int]:
-        return [named.start for named in self.moves]
+    def followed(self) -> list[Named]:
+        return [named for named in self.moves if not self.about_other_move(named.start)][:MAX_MOVES]
 
     @cached_property
-    def read_lines(self) -> tuple[list[tuple[int, chess.Board]], list[tuple[Named, bool]]]:
-        """Follows the moves named, each from every board where it is legal.
+    def lines(self) -> list[tuple[int, chess.Board]]:
+        """The boards that the text speaks of and from where on: before and after the move, then wherever a move that is named
+        leads from the newest board on which it is legal."""
+        lines = [(0, self.before), (0, self.after)]
+        for named in self.followed:
+            fits = [(board, move) for _, board in lines if (move := parsed(board, named.san))]
+            if fits and fits[-1] != (self.before, self.move):
+                lines.append((named.end, pushed(*fits[-1])))
+        return lines
 
-        Returns:
-            the boards reached with where in the text they are, and the moves that fit no board, each with whether the move
-            right before it was the line's own at its number.
-        """
-        reached: list[tuple[int, chess.Board]] = []
-        misfits: list[tuple[Named, bool]] = []
-        line_holds = False
-        for named in self.moves[:MAX_MOVES]:
-            if self.about_other_move(named.start):
-                continue
-            boards = [self.before, self.after, *(board for _, board in reached)]
-            fits = [(board, move) for board in boards if (move := parsed(board, named.san)) is not None]
-            if len(boards) > MAX_BOARDS:
-                break
-            if not fits and not any(parsed(turned(board), named.san) is not None for board in boards):
-                misfits.append((named, line_holds))
-            # the null move, where several fit, is false
-            reached += [(named.end, pushed(board, move)) for board, move in fits[-4:]
-                        if move and not (board is self.before and move == self.move)]
-            line_holds = any(ply_of(board) == named.ply for board, _ in fits)
-        return reached, misfits
+    def boards_at(self, position: int) -> list[chess.Board]:
+        return [board for start, board in self.lines if start <= position]
 
-    def reached_before(self, position: int) -> list[chess.Board]:
-        return [board for end, board in self.read_lines[0] if end <= position]
-
-    @cached_property
-    def mentions(self) -> list[Mention]:
-        return list(piece_mentions(self.text))
-
-    @cached_property
-    def mention_ends(self) -> list[int]:
-        return [mention.end for mention in self.mentions]
-
-    def mentions_before(self, position: int) -> list[Mention]:
-        """The last of the pieces named up to `position`, at most as many as one sentence would list."""
-        stop = bisect_right(self.mention_ends, position)
-        return self.mentions[max(0, stop - 8):stop]
-
-    def sentence(self, position: int) -> tuple[int, int]:
-        """Begin and end of the sentence in which `position` lies; of an endless one, what is near."""
-        place = bisect_right(self.sentences, (position, len(self.text) + 1)) - 1
-        start, end = self.sentences[place] if place >= 0 else (0, len(self.text))
-        return max(start, position - FAR), min(end, position + FAR)
-
-    def moves_within(self, start: int, end: int) -> list[Named]:
-        return self.moves[bisect_left(self.move_starts, start):bisect_left(self.move_starts, end)]
+    def there(self, mention: Mention) -> list[chess.Board]:
+        """The boards on which the mentioned piece stands."""
+        return [board for board in self.boards_at(mention.start)
+                if board.piece_type_at(mention.square) == mention.kind
+                and mention.side in (None, board.color_at(mention.square))]
 
     def is_played(self, named: Named) -> bool:
-        """Whether a named move is the row's own."""
-        return named.ply in (None, self.ply) and parsed(self.before, named.san) == self.move
+        """Whether a named move is the row's own, and not a reply that is written alike and gives check."""
+        return (named.ply in (None, self.before.ply()) and parsed(self.before, named.san) == self.move
+                and not (named.mark and parsed(self.after, named.san)))
 
     def about_other_move(self, position: int) -> bool:
         """Whether the paragraph begins with the number of another move: it comments on that one."""
         start = self.text.rfind("\n", 0, position) + 1
-        first = self.moves_within(start, position + 1)[:1]
-        if start == 0 or not first or self.text[start:first[0].start].strip():
+        first = next((named for named in self.moves if start <= named.start <= position), None)
+        if start == 0 or first is None or self.text[start:first.start].strip():
             return False
-        return first[0].ply not in (None, self.ply)
+        return first.ply not in (None, self.before.ply())
 
     def plain(self, start: int, end: int, hedge: re.Pattern[str] = HEDGE) -> bool:
         """Whether the words from `start` to `end` say something of this move on this board, and suppose nothing.
 
-        Looked at are the words from the sentence's begin to the clause's end, without the claim's own.
+        Looked at are the words from the sentence's begin to the clause's end, without the claim's own, and whether other moves
+        are named there or in the sentence before, since a sentence that follows a line may still be about it.
         """
         first, last = self.sentence(start)
-        stop = CLAUSE_END.search(self.text, end, last)
-        clause_end = stop.start() if stop else last
+        clause_end = self.clause_end(end)
         if self.text[first:last].rstrip(" \"')\n").endswith("?") or self.about_other_move(start):
             return False
-        if stop and LATE_CONDITION.match(self.text, stop.start()):
+        if hedge.search(self.text, first, start) or hedge.search(self.text, end, clause_end) \
+                or LATE_CONDITION.match(self.text, clause_end):
             return False
-        if hedge.search(self.text, first, start) or hedge.search(self.text, end, clause_end):
-            return False
-        # a sentence that follows a line may still be about it
-        since = first if hedge is not HEDGE or first == 0 else self.sentence(first - 1)[0]
-        return all(self.is_played(named) for named in self.moves_within(since, clause_end))
+        since = self.sentence(first - 1)[0] if first and hedge is HEDGE else first
+        return all(self.is_played(named) for named in self.moves if since <= named.start < clause_end)
+
+    def said(self, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+        """Where the comment plainly says what the pattern stands for."""
+        return (match for match in pattern.finditer(self.text) if self.plain(*match.span()))
+
+    def subject(self, position: int) -> str | int | None:
+        """What the words before a verb name as its subject: "white", "black", a kind of piece, or nothing known."""
+        lead = self.text[self.sentence(position)[0]:position]
+        match = ACTS.search(lead) or (BEGINS.match(lead) if lead.endswith(" and ") else None)
+        if match is None:
+            return None
+        return match["side"].lower() if match["side"] else KINDS[match["kind"].lower()]
 
 
 def parsed(board: chess.Board, san: str) -> chess.Move | None:
-    """The move that `san` names on `board`, read leniently; None if it is illegal there. The null move if several fit.
-
-    `board.parse_san` would do, but writes the whole position into each error, ten times the time of the rest.
-    """
-    if re.fullmatch(CASTLING, san):
-        long = san.count("-") == 2
-        found = [move for move in board.generate_castling_moves() if board.is_queenside_castling(move) == long]
-        return found[0] if found else None
-    match = SAN_PARTS.fullmatch(san)
-    if not match:
+    """The move that `san` names on `board`; None if it is illegal there. The null move, which is false, if several fit."""
+    try:
+        return board.parse_san(san)
+    except chess.AmbiguousMoveError:
+        return chess.Move.null()
+    except ValueError:
         return None
-    kind = chess.PIECE_SYMBOLS.index((match["kind"] or "P").lower())
-    to, mask = chess.parse_square(match["to"]), board.pieces_mask(kind, board.turn)
-    if match["file"]:
-        mask &= chess.BB_FILES[ord(match["file"]) - ord("a")]
-    elif kind == chess.PAWN:
-        mask &= chess.BB_FILES[chess.square_file(to)]
-    if match["rank"]:
-        mask &= chess.BB_RANKS[int(match["rank"]) - 1]
-    promotion = chess.PIECE_SYMBOLS.index(match["new"].lower()) if match["new"] else None
-    moves = [move for move in board.generate_legal_moves(mask, chess.BB_SQUARES[to])
-             if move.promotion == promotion or promotion is None and move.promotion == chess.QUEEN]
-    return moves[0] if len(moves) == 1 else chess.Move.null() if moves else None
 
 
 def pushed(board: chess.Board, move: chess.Move) -> chess.Board:
+    """The position after a move; after the null move it is the same with the other side to move."""
     after = board.copy(stack=False)
     after.push(move)
     after.clear_stack()
     return after
-
-
-def turned(board: chess.Board) -> chess.Board:
-    """The same position with the other side to move, also where that leaves a king in check."""
-    other = board.copy(stack=False)
-    other.turn, other.ep_square = not board.turn, None
-    return other
-
-
-def ply_of(board: chess.Board) -> int:
-    return 2 * board.fullmove_number + (board.turn == chess.BLACK)

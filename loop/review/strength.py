@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import chess
 
-from loop.review.claims import subject_of
 from loop.review.comment import Comment, Flag
-from loop.review.words import PIECE, SIDE, any_of
+from loop.review.words import PIECE, SIDE, VALUE, any_of
 
 # The keys of a row's metadata that hold a verdict: the class of the move, and by how many centipawns it is worse than the best.
 LABEL_KEYS, LOSS_KEYS = ("classification",), ("cp_loss", "centipawn_loss")
@@ -23,26 +22,25 @@ SMALL_LOSS, LARGE_LOSS = 30, 250    # centipawns; what lies between contradicts 
 CLEARLY_WORSE, AS_GOOD = 0.12, 0.03
 NOT_WINNING, NOT_AHEAD, BEHIND = 0.60, 0.62, 0.40
 OPEN_GAME = (0.10, 0.97)            # outside, the game is decided, and what a mistake is becomes a matter of taste
-VALUE = {chess.PAWN: 1, chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9}
 
-OPENS = (r"(?:^\s*|[.!,;:…] ?|\b(?:is|was|(?:it|that|this|here)['’]?s) )(?:"
+# A verdict begins a sentence or clause, or stands behind "is", and names nobody: "a mistake by White" is another move's.
+OPENS = (r"(?:^\s*|[.!,;:…] ?|\b(?:is|(?:it|that|this|here)['’]?s) )(?:"
          + any_of("really simply clearly just probably objectively arguably") + " )?")
-SIDES = r"(?:white|black)['’]s"
-# "a mistake by White", "the best move was": of another move
-ENDS = r"\b(?! " + any_of("by(?!\\sfar) of from would was were often if to") + r"| is (?:to|not)\b| here (?:was|is|would)\b)"
+ENDS = (r"\b(?! " + any_of("by(?!\\sfar) of from would was were often if to when")
+        + r"| is (?:to|not)\b| here (?:was|is|would)\b)")
+SIDES = rf"{SIDE}['’]s"
+
+
+def call(words: str) -> re.Pattern[str]:
+    return re.compile(rf"{OPENS}(?P<words>{words}{ENDS})", re.IGNORECASE | re.MULTILINE)
+
+
 BEST = rf"(?:the |{SIDES} )(?:very |absolutely )?(?:best|strongest) (?:move|choice|reply|continuation)"
 FINE = (r"an? (?:absolutely |very |really )?(?:excellent|brilliant|superb|perfect|great|fine|accurate|precise)"
         r"(?: and \w+)? (?:\w+ )?(?:move|choice|reply|retreat|decision)")
-ONLY = rf"(?:the |{SIDES} )?only (?:good |playable |sensible |correct )?(?:move|reply|defence)"
-BLAMES = re.compile(rf"{OPENS}(?P<words>an? (?:\w+ )?(?:blunder|mistake){ENDS})", re.IGNORECASE | re.MULTILINE)
-PRAISES = re.compile(rf"{OPENS}(?P<words>(?:{BEST}|{FINE}){ENDS})", re.IGNORECASE | re.MULTILINE)
-CALLS_BEST = re.compile(rf"{OPENS}(?P<words>{BEST}{ENDS})", re.IGNORECASE | re.MULTILINE)
-CALLS_ONLY = re.compile(rf"{OPENS}(?P<words>{ONLY}\b(?! {any_of('by of from would was when')}| is not\b))",
-                        re.IGNORECASE | re.MULTILINE)
-# What shows that the words are about another move, or take the verdict back.
-TURNS = re.compile(any_of("not no never would could instead avoid* than almost if opponent* previous last earlier after when"
-                          " went played had punish* exploit* perhaps maybe look looks seem* might may")
-                   + r"|n['’]t\b", re.IGNORECASE)
+CALLS_BAD, CALLS_BEST, CALLS_GOOD = call(r"an? (?:\w+ )?(?:blunder|mistake)"), call(BEST), call(f"(?:{BEST}|{FINE})")
+CALLS_ONLY = call(rf"(?:the |{SIDES} )?only (?:good |playable |sensible |correct )?(?:move|reply|defence)"
+                  "(?: to (?:avoid|keep|hold|save))?")
 WINNING = re.compile(rf"\b(?P<side>{SIDE}) is (?:now |already |clearly |completely |simply |totally |objectively )?"
                      r"(?:(?P<wins>winning)|(?P<loses>lost|losing))(?! "
                      + any_of("a an the back material chances time control two three one his her its their some more") + ")",
@@ -64,16 +62,9 @@ class Verdict(NamedTuple):
 
 
 def calls(comment: Comment, pattern: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """Where the comment blames or praises its own move."""
     for match in pattern.finditer(comment.text):
         start, end = match.span("words")
-        first, last = comment.sentence(start)
-        # praise of the move played names no other move; blame may go on to name a better one
-        until = end if pattern is BLAMES else last
-        foreign = comment.board is not None and any(
-            not comment.is_played(named) for named in comment.moves_within(first, until))
-        asks = comment.text[first:last].rstrip().endswith("?")
-        if not foreign and not asks and not TURNS.search(comment.text, first, start) and not comment.about_other_move(start):
+        if comment.plain(start, comment.clause_end(end)):   # what follows in the clause says why, and does not take it back
             yield start, end
 
 
@@ -81,7 +72,7 @@ def contradicts_classification(comment: Comment) -> Iterator[Flag]:
     """Blame for a move that the row calls good, praise for one that it calls a mistake."""
     for key in LABEL_KEYS:
         label = str(comment.metadata.get(key, "")).strip().lower()
-        for start, end in calls(comment, BLAMES) if label in GOOD else calls(comment, PRAISES) if label in BAD else ():
+        for start, end in calls(comment, CALLS_BAD) if label in GOOD else calls(comment, CALLS_GOOD) if label in BAD else ():
             yield comment.flag("contradicts_classification", start, end, f"the row's {key} is {label}")
 
 
@@ -90,7 +81,7 @@ def contradicts_loss(comment: Comment) -> Iterator[Flag]:
     for key in LOSS_KEYS:
         loss = comment.metadata.get(key)
         if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-            pattern = BLAMES if loss <= SMALL_LOSS else PRAISES if loss >= LARGE_LOSS else None
+            pattern = CALLS_BAD if loss <= SMALL_LOSS else CALLS_GOOD if loss >= LARGE_LOSS else None
             for start, end in calls(comment, pattern) if pattern else ():
                 yield comment.flag("contradicts_loss", start, end, f"the row's {key} is {loss}")
 
@@ -113,28 +104,21 @@ def false_mistake(comment: Comment, verdict: Verdict) -> Iterator[Flag]:
     """A mistake or blunder, where no move is better."""
     decided = not OPEN_GAME[0] <= verdict.before <= OPEN_GAME[1]
     if verdict.best == comment.move or not decided and verdict.before - verdict.after <= AS_GOOD:
-        for start, end in calls(comment, BLAMES):
+        for start, end in calls(comment, CALLS_BAD):
             yield comment.flag("false_mistake", start, end, f"no move is better; the best line is {verdict.line}")
 
 
 def false_winning(comment: Comment, verdict: Verdict) -> Iterator[Flag]:
     """A side said to be winning or lost that is not, or material said to be won while nothing is."""
     us = comment.before.turn
-    for match in WINNING.finditer(comment.text):
-        theirs = (match["side"].lower() == "white") != us
-        points = 1 - verdict.after if theirs else verdict.after
-        if comment.plain(*match.span()) and (points if match["wins"] else 1 - points) <= NOT_WINNING:
+    for match in comment.said(WINNING):
+        points = verdict.after if (match["side"].lower() == "white") == us else 1 - verdict.after
+        if (points if match["wins"] else 1 - points) <= NOT_WINNING:
             yield comment.flag("false_winning", *match.span(), f"expected points of the mover: {verdict.after:.2f}")
-    if material(comment.before, us) < 0:
+    balance = sum(VALUE[piece.piece_type] * (1 if piece.color == us else -1) for piece in comment.before.piece_map().values())
+    if balance < 0:
         return      # who is behind may win a piece and still not be ahead
-    for match in WINS.finditer(comment.text):
-        subject = subject_of(comment, match.start())
-        ours = subject not in (("White", "Black")[us],)
-        pawn = match["what"].lower() == "pawn"
-        if comment.plain(*match.span()) and ours and verdict.after <= (BEHIND if pawn else NOT_AHEAD):
+    for match in comment.said(WINS):
+        least = BEHIND if match["what"].lower() == "pawn" else NOT_AHEAD
+        if comment.subject(match.start()) != chess.COLOR_NAMES[not us] and verdict.after <= least:
             yield comment.flag("false_winning", *match.span(), f"expected points of the mover: {verdict.after:.2f}")
-
-
-def material(board: chess.Board, color: chess.Color) -> int:
-    """What `color` is ahead, in pawns."""
-    return sum(value * (len(board.pieces(kind, color)) - len(board.pieces(kind, not color))) for kind, value in VALUE.items())

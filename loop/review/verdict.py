@@ -19,7 +19,6 @@ from loop.review.pairs import VERDICT, Pair, Review
 from loop.review.seal import seal
 from loop.review.votes import TAGS, Vote, Votes
 
-WRONG = {*BOARD_CHECKS, "contradicts_classification", "contradicts_loss"}  # checks that find wrong facts
 POINTS = {chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9}
 OPENING_MOVES, ENDGAME_POINTS = 12, 26  # an endgame: at most so many points of pieces on both sides, without pawns
 
@@ -63,7 +62,7 @@ def classification(pair: Pair) -> str:
 
 
 def is_wrong(pair: Pair, system: str) -> bool:
-    return any(flag.check in WRONG for flag in pair.flags[system])
+    return any(flag.check in BOARD_CHECKS for flag in pair.flags[system])
 
 
 def checks_of(pairs: list[Pair], system: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Words of coaches: the moves and pieces that a text names, and the words that only suppose something.
+"""Words of coaches: the moves and pieces that a text names, and words after which it need not speak of this move and board.
 Needs python-chess, for its numbers of squares and pieces. A fraction of a millisecond a text."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,38 +16,32 @@ def any_of(words: str) -> str:
     return r"\b(?:" + "|".join(word.replace("*", r"\w*") for word in words.split()) + r")\b"
 
 
+VALUE = {chess.PAWN: 1, chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9, chess.KING: 99}
 KINDS = {name: kind for kind, name in enumerate(chess.PIECE_NAMES) if name}
 PIECE = r"(?:pawn|knight|bishop|rook|queen|king)"
 SQUARE = r"[a-h][1-8]"
-SQUARES = rf"{SQUARE}(?:(?:, | and |, and | or ){SQUARE}\b)*"
-SIDE = r"(?:[Ww]hite|[Bb]lack)"
-PLAN = any_of("break push advance thrust sac* lever move capture")     # "the f5 pawn push"
-# "the knight on f3", "White's pawns on d4 and e5", and the other way round: "the f7 pawn"
-MENTION = re.compile(rf"(?:\b(?P<det>the|its|his|her|their|your|our|this|that|both|an?|another|no|any|one|{SIDE}['’]s) )?"
-                     rf"(?P<adjective>(?:[a-z-]{{1,20}} )??)(?:(?P<kind>{PIECE})s? (?:on|at) (?P<squares>{SQUARES})\b"
-                     rf"|(?P<square>{SQUARE})[- ](?P<kind2>{PIECE})\b(?! {PLAN}))", re.IGNORECASE)
+SIDE = r"(?:white|black)"
+THE = rf"\b(?:the|its|his|her|their|your|our|this|that|{SIDE}['’]s)"
+# "the knight on f3", "White's pawns on d4 and e5", and the other way round: "the f7 pawn", but not "the f5 pawn push"
+MENTION = (rf"{THE} (?:[a-z-]{{1,20}} )?(?:{PIECE} (?:on|at) {SQUARE}\b"
+           rf"|{PIECE}s (?:on|at) {SQUARE}(?:(?:, | and |, and | or ){SQUARE})*\b"
+           rf"|{SQUARE}[- ]{PIECE}\b(?! (?:break|push|advance|move)))")
 CASTLING = "[O0]-[O0](?:-[O0])?"
-SAN = (r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|[a-h]x[a-h][1-8](?:=?[QRBN])?|[a-h][18]=[QRBN]|" + CASTLING + ")"
-       r"(?:[+#])?(?![\w-])")
-PAWN_STEP = r"[a-h][1-8][+#]?(?![\w-])"     # a move only where a number or dots stand before; else it is a square
-MOVE = re.compile(rf"(?:(?<![\w.])(?P<number>\d{{1,3}}) ?(?P<dots>\.\.\.|…|\.(?!\.)) ?|(?P<bare>(?<!\.)\.\.\.|…) ?)"
-                  rf"(?P<numbered>{SAN}|{PAWN_STEP})|(?<![\w.-])(?P<plain>{SAN})")
-CONTINUES = re.compile(rf"[!?]{{0,2}},? +(?P<san>{SAN}|{PAWN_STEP})")
-# Words after which a sentence need not be about this move on this board: conditions, negations, plans, the past, hearsay.
-SUPPOSES = ("if unless until would will shall suppos* imagin* example instance otherwise then next later soon after* when*"
-            " before eventually ultimately follow* instead rather hop* plan* idea prepar* want* wants intend* dream* typical*"
-            " usual* often always every earlier previous* last already better was were been had")
-HEDGE = re.compile(
-    any_of(SUPPOSES + " could can cannot may might must should threat* has have did does do not no never nor neither without"
-           " nothing none nobody almost nearly look looks seem* appear* aim* allow* let lets think* thought believe*"
-           " possib* perhaps maybe missed stronger alternative* avoid* prevent* stop* avert* ready about try* tries"
-           " answer* repl* respond* whether how any sometimes")
-    + r"|(?<!at )\bonce\b|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\.", re.IGNORECASE)
-# Words that move pieces, so that what is named on a square may come there later or have stood there in the past.
-ELSEWHERE = re.compile(
-    any_of(SUPPOSES + " once took gave went came left captured exchanged recaptur* retak* regain* put* plac* bring* get* plant*"
-           " install* land* reach* rerout* rout* post* need* transfer* trad* exchang* swap* retreat* replac* without missing"
-           " everywhere") + r"|n['’]t\b|['’](?:ll|d)\b", re.IGNORECASE)
+SAN = (rf"(?:[KQRBN][a-h]?[1-8]?x?{SQUARE}|[a-h]x{SQUARE}(?:=?[QRBN])?|[a-h][18]=[QRBN]|{CASTLING})(?:[+#])?(?![\w-])")
+PAWN_STEP = r"[a-h][2-7][+#]?(?![\w-])"     # a move only where a number or dots stand before; else it is a square
+MOVE = re.compile(rf"(?:(?<![\w.])(?P<number>\d{{1,3}}) ?(?P<dots>\.\.\.|…|\.(?!\.))|(?P<bare>(?<!\.)\.\.\.|…)) ?"
+                  rf"(?P<behind>{SAN}|{PAWN_STEP})|(?<![\w.-])(?P<plain>{SAN}|{PAWN_STEP})")
+# Words after which a sentence need not be about this move on this board: conditions, other times, other moves, what comes next.
+SUPPOSES = ("if unless until would shall suppos* imagin* example instance otherwise will next later soon after* when* before"
+            " eventually ultimately follow* then earlier previous* last already was were been had usual* typical* often always"
+            " every want* intend* plan* idea hop* dream* prepar* instead rather better without missing missed")
+# Words that deny or allow what is done, but not where a piece stands.
+ALLOWS = (" could can cannot may might must should threat* do does did not no never nor neither nothing none nobody almost"
+          " nearly look looks seem* appear* think* thought believe* possib* perhaps maybe about any whether how sometimes aim*"
+          " ready try tries allow* let lets avoid* prevent* stop* avert* stronger alternative* answer* repl* respond*")
+ONCE = r"|(?<!at )\bonce\b|\bha(?:s|ve) to\b|n['’]t\b|['’](?:ll|d)\b|e\.g\.|i\.e\."
+ELSEWHERE = re.compile(any_of(SUPPOSES) + ONCE, re.IGNORECASE)
+HEDGE = re.compile(any_of(SUPPOSES + ALLOWS) + ONCE, re.IGNORECASE)
 
 
 class Mention(NamedTuple):
@@ -57,7 +52,6 @@ class Mention(NamedTuple):
     kind: int
     square: int
     side: bool | None       # the colour in words, if it stands there
-    definite: bool          # "the knight", not "a knight"
 
 
 class Named(NamedTuple):
@@ -65,7 +59,7 @@ class Named(NamedTuple):
 
     start: int
     end: int
-    ply: int | None         # twice its number, one more for Black; None where no number is given or implied
+    ply: int | None         # as python-chess counts; None where no number is given or implied
     dots: bool              # written as Black's move with dots and no number: "...Rc8"
     san: str                # without check marks
     mark: str               # "+", "#" or nothing
@@ -74,25 +68,23 @@ class Named(NamedTuple):
 
 def named_moves(text: str) -> Iterator[Named]:
     """All moves of the text in order. A move right behind a numbered one gets the number that follows."""
-    position, ply = 0, None
-    while match := MOVE.search(text, position):
-        san = match["numbered"] or match["plain"]
-        black = bool(match["dots"] and match["dots"] != ".")
-        ply = 2 * int(match["number"]) + black if match["number"] else None
-        glued = position > 0 and re.fullmatch(r"[!?]{0,2},? *", text[position:match.start()]) is not None
-        yield Named(match.start(), match.end(), ply, bool(match["bare"]), san.rstrip("+#"), san[len(san.rstrip("+#")):], glued)
-        position = match.end()
-        while ply is not None and (more := CONTINUES.match(text, position)):
-            san, ply = more["san"], ply + 1
-            yield Named(more.start("san"), more.end(), ply, False, san.rstrip("+#"), san[len(san.rstrip("+#")):], True)
-            position = more.end()
+    end, ply = 0, None
+    for match in MOVE.finditer(text):
+        continues = end > 0 and re.fullmatch("[!?]{0,2} *", text[end:match.start()]) is not None
+        written = match["behind"] or match["plain"]
+        if match["number"]:
+            ply = 2 * int(match["number"]) - 1 - (match["dots"] == ".")
+        else:
+            ply = ply + 1 if continues and ply is not None and match["plain"] else None
+        if ply is None and match["plain"] and re.fullmatch(PAWN_STEP, written):
+            continue
+        end, san = match.end(), written.rstrip("+#")
+        yield Named(match.start(), end, ply, bool(match["bare"]), san, written[len(san):], continues)
 
 
-def piece_mentions(text: str) -> Iterator[Mention]:
-    for match in MENTION.finditer(text):
-        words = f"{match['det'] or ''} {match['adjective']}".lower()
+def mentions_in(text: str, start: int = 0, end: int = sys.maxsize) -> Iterator[Mention]:
+    for match in re.compile(MENTION, re.IGNORECASE).finditer(text, start, end):
+        words = match[0].lower()
         side = True if "white" in words else False if "black" in words else None
-        definite = bool(match["det"]) and match["det"].lower() not in ("a", "an", "another", "no", "any", "one")
-        kind = KINDS[(match["kind"] or match["kind2"]).lower()]
-        for name in re.findall(SQUARE, (match["squares"] or match["square"]).lower()):
-            yield Mention(match.start(), match.end(), kind, chess.parse_square(name), side, definite)
+        for name in re.findall(SQUARE, words):
+            yield Mention(*match.span(), KINDS[re.findall(PIECE, words)[0]], chess.parse_square(name), side)

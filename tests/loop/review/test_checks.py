@@ -42,13 +42,13 @@ def test_nineteen_of_twenty_flags_are_right():
     _, sums, false_alarms = count_flags(lambda row: judge(comment_by_hand(row, trained_on)), CHECKS)
     assert sums["right"] >= 0.95 * sums["flags"], "\n".join(false_alarms)
     assert sums["flags"] >= 180, "checks that flag nothing are right, too"
-    assert sums["missed"] <= 0.25 * (sums["right"] + sums["missed"])
+    assert sums["missed"] <= 0.12 * (sums["right"] + sums["missed"])
 
 
 def test_of_two_comments_with_an_error_more_than_one_is_flagged():
     wrong = [row for row in BY_HAND if row["wrong"]]
     found = sum(bool(judge(comment_by_hand(row, demo_answers()))) for row in wrong[::4])
-    assert found > 0.6 * len(wrong[::4])
+    assert found > 0.8 * len(wrong[::4])
 
 
 def share_flagged(rows):
@@ -102,11 +102,11 @@ CASES = [  # check, moves, a text and what is flagged in it, a text about the sa
     ("false_capture", SCANDI, "The knight takes on d5.", "takes on d5", "The queen takes on d5, and nothing takes it back."),
     ("false_attack", RUY, "The bishop attacks the queen on d8.", "attacks the queen on d8",
      "The bishop attacks the knight on c6."),
-    ("false_attack", NG5, "The pawn on f7 is attacked by the queen on d1.", "attacked by the queen on d1",
+    ("false_attack", NG5, "The pawn on f7 is attacked by the queen on d1.", "The pawn on f7 is attacked by the queen on d1",
      "The pawn on f7 is attacked by the knight on g5 and the bishop on c4."),
-    ("false_defence", RUY, "The bishop on b5 protects the pawn on e4.", "protects the pawn on e4",
+    ("false_defence", RUY, "The bishop on b5 protects the pawn on e4.", "The bishop on b5 protects the pawn on e4",
      "The knight on c6 protects the pawn on e5, and nothing defends e4."),
-    ("false_defence", RUY, "The pawn on e5 is defended by the queen on d8.", "defended by the queen on d8",
+    ("false_defence", RUY, "The pawn on e5 is defended by the queen on d8.", "The pawn on e5 is defended by the queen on d8",
      "The pawn on e5 is defended by the knight on c6."),
     ("false_castling", RUY, "White castles kingside.", "White castles kingside",
      "White will castle soon, and then Black castles too."),
@@ -189,25 +189,17 @@ def test_a_thought_is_taken_off():
     assert without_thought("<think>no end") == "<think>no end"
 
 
-def test_moves_are_read_as_python_chess_reads_them():
-    rng, names, num = random.Random(1), set(), 0
-    for _ in range(4):
-        board = chess.Board()
-        while not board.is_game_over() and board.fullmove_number < 60:
-            legal = {board.san(move).rstrip("+#"): move for move in board.legal_moves}
-            assert all(parsed(board, san) == move for san, move in legal.items())
-            for san in rng.sample(sorted(names), min(10, len(names))):
-                try:
-                    expected = board.parse_san(san)
-                except chess.AmbiguousMoveError:
-                    expected = chess.Move.null()
-                except ValueError:
-                    expected = None
-                assert parsed(board, san) == expected
-            num += len(legal)
-            names |= legal.keys()
-            board.push(rng.choice(list(board.legal_moves)))
-    assert num > 3000
+def test_a_move_is_read_as_legal_ambiguous_or_illegal():
+    board = chess.Board("4k3/8/8/8/8/8/R6R/4K3 w - - 0 1")
+    assert parsed(board, "Rab2").uci() == "a2b2" and parsed(board, "Re2") == chess.Move.null() and not parsed(board, "Re2")
+    assert parsed(board, "Rh9") is None is parsed(board, "Ke8")
+
+
+def test_moves_in_a_text_have_the_number_that_stands_there_or_follows():
+    text = "After 3...a6 4.Ba4!? Nf6 5.O-O, d6 is weak; Nxe4 or ...b5+ with e5."
+    assert [(named.san, named.ply, named.dots, named.mark) for named in Comment(text).moves] == [
+        ("a6", 5, False, ""), ("Ba4", 6, False, ""), ("Nf6", 7, False, ""), ("O-O", 8, False, ""), ("Nxe4", None, False, ""),
+        ("b5", None, True, "+")]
 
 
 def test_a_comment_takes_under_five_milliseconds_and_an_endless_one_no_seconds():

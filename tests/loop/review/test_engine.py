@@ -21,7 +21,7 @@ AHEAD = dict(best="Bb5", before=0.8, after=0.8, other=0.44)
     (false_best, "This is the best move.", "the best move", BLUNDER, BEST),
     (false_best, "Simply White's strongest choice here!", "White's strongest choice", BLUNDER, EQUALLED),
     (false_only, "Bb5 is the only move.", "the only move", EQUALLED, BEST),
-    (false_mistake, "A terrible mistake, after which nothing works.", "A terrible mistake", BEST, BLUNDER),
+    (false_mistake, "A terrible mistake: nothing works any more.", "A terrible mistake", BEST, BLUNDER),
     (false_winning, "White is winning.", "White is winning", BEST, AHEAD),
     (false_winning, "Black is already lost.", "Black is already lost", BEST, AHEAD),
     (false_winning, "The bishop wins a knight.", "wins a knight", BEST, AHEAD),
