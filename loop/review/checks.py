@@ -19,7 +19,7 @@ import chess
 from loop.review.claims import false_capture, false_castling, false_check, false_mate, illegal_move, wrong_square
 from loop.review.comment import Comment, Flag, parsed
 from loop.review.contacts import false_attack, false_defence, false_undefended
-from loop.review.strength import contradicts_classification, contradicts_loss
+from loop.review.strength import contradicts_row
 from loop.review.words import any_of
 
 FEN = re.compile(r"\bFEN: *(\S+ [wb] \S+ \S+(?: \d+ \d+)?)")
@@ -112,7 +112,7 @@ Check = Callable[[Comment], Iterator[Flag]]
 TEXT_CHECKS: dict[str, Check] = {check.__name__: check for check in (empty, stray_tags, cut_off, repetition, copied)}
 BOARD_CHECKS: dict[str, Check] = {check.__name__: check for check in (
     illegal_move, wrong_square, false_check, false_mate, false_capture, false_attack, false_defence, false_castling,
-    false_undefended, contradicts_classification, contradicts_loss)}
+    false_undefended, contradicts_row)}
 CHECKS = TEXT_CHECKS | BOARD_CHECKS
 
 

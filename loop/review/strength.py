@@ -12,8 +12,8 @@ import chess
 from loop.review.comment import Comment, Flag
 from loop.review.words import PIECE, SIDE, VALUE, any_of
 
-# The keys of a row's metadata that hold a verdict: the class of the move, and by how many centipawns it is worse than the best.
-LABEL_KEYS, LOSS_KEYS = ("classification",), ("cp_loss", "centipawn_loss")
+# A row's metadata may have the move's class, and by how many centipawns the move is worse than the best one.
+CLASS, LOSS = "classification", "centipawn_loss"
 GOOD = frozenset(("best", "excellent", "good", "great", "brilliant", "book", "forced"))
 BAD = frozenset(("mistake", "blunder", "miss"))
 SMALL_LOSS, LARGE_LOSS = 30, 250    # centipawns; what lies between contradicts nothing
@@ -68,22 +68,15 @@ def calls(comment: Comment, pattern: re.Pattern[str]) -> Iterator[tuple[int, int
             yield start, end
 
 
-def contradicts_classification(comment: Comment) -> Iterator[Flag]:
-    """Blame for a move that the row calls good, praise for one that it calls a mistake."""
-    for key in LABEL_KEYS:
-        label = str(comment.metadata.get(key, "")).strip().lower()
-        for start, end in calls(comment, CALLS_BAD) if label in GOOD else calls(comment, CALLS_GOOD) if label in BAD else ():
-            yield comment.flag("contradicts_classification", start, end, f"the row's {key} is {label}")
-
-
-def contradicts_loss(comment: Comment) -> Iterator[Flag]:
-    """Blame or praise against the loss in centipawns that the row's engine found."""
-    for key in LOSS_KEYS:
-        loss = comment.metadata.get(key)
-        if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-            pattern = CALLS_BAD if loss <= SMALL_LOSS else CALLS_GOOD if loss >= LARGE_LOSS else None
-            for start, end in calls(comment, pattern) if pattern else ():
-                yield comment.flag("contradicts_loss", start, end, f"the row's {key} is {loss}")
+def contradicts_row(comment: Comment) -> Iterator[Flag]:
+    """Blame for a move that the row calls good, by its class or its loss in centipawns, or praise for one that it calls bad."""
+    label, loss = str(comment.metadata.get(CLASS, "")).strip().lower(), comment.metadata.get(LOSS)
+    good, bad = label in GOOD, label in BAD
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        good, bad = good or loss <= SMALL_LOSS, bad or loss >= LARGE_LOSS
+    if good != bad:
+        for start, end in calls(comment, CALLS_BAD if good else CALLS_GOOD):
+            yield comment.flag("contradicts_row", start, end, f"the row says {label or loss}")
 
 
 def false_best(comment: Comment, verdict: Verdict) -> Iterator[Flag]:

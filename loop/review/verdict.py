@@ -17,6 +17,7 @@ from data.files import write_text
 from loop.review.checks import BOARD_CHECKS
 from loop.review.pairs import VERDICT, Pair, Review
 from loop.review.seal import seal
+from loop.review.strength import CLASS
 from loop.review.votes import TAGS, Vote, Votes
 
 POINTS = {chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9}
@@ -58,7 +59,7 @@ def phase(pair: Pair) -> str:
 
 
 def classification(pair: Pair) -> str:
-    return str((pair.row.get("metadata") or {}).get("classification", ""))
+    return str((pair.row.get("metadata") or {}).get(CLASS, ""))
 
 
 def is_wrong(pair: Pair, system: str) -> bool:
