@@ -41,7 +41,7 @@ def test_nineteen_of_twenty_flags_are_right():
     trained_on = demo_answers()
     _, sums, false_alarms = count_flags(lambda row: judge(comment_by_hand(row, trained_on)), CHECKS)
     assert sums["right"] >= 0.95 * sums["flags"], "\n".join(false_alarms)
-    assert sums["flags"] >= 180, "checks that flag nothing are right, too"
+    assert sums["flags"] >= 270, "checks that flag nothing are right, too"
     assert sums["missed"] <= 0.12 * (sums["right"] + sums["missed"])
 
 
