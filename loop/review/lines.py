@@ -17,19 +17,18 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full, for example; the file holds whole lines only.
     """
-    is_new = not path.exists()
     with open(path, "a+b") as file:
         file.seek(0)
         whole_bytes = file.read().rfind(b"\n") + 1
-        file.truncate(whole_bytes)
         try:
+            file.truncate(whole_bytes)
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         except OSError:
             file.truncate(whole_bytes)
             raise
-    if is_new:
+    if not whole_bytes:  # perhaps a new file
         sync(path.parent)
 
 
@@ -44,9 +43,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):  # behind the last line's end is nothing whole
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            records.append(None)
-        if not isinstance(records[-1], dict):
+            record = None
+        if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: found {line[:60]!r}, expected a JSON object. Restore the file, or move it away")
+        records.append(record)
     return records

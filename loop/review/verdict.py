@@ -19,8 +19,8 @@ from loop.review.pairs import VERDICT, Pair, Review
 from loop.review.seal import seal
 from loop.review.strength import CLASS
 from loop.review.votes import TAGS, Vote, Votes
+from loop.review.words import VALUE
 
-POINTS = {chess.KNIGHT: 3, chess.BISHOP: 3, chess.ROOK: 5, chess.QUEEN: 9}
 OPENING_MOVES, ENDGAME_POINTS = 12, 26  # an endgame: at most so many points of pieces on both sides, without pawns
 
 
@@ -52,7 +52,8 @@ def phase(pair: Pair) -> str:
     board = pair.position[0]
     if board is None:
         return "no position"
-    points = sum(value * len(board.pieces(kind, side)) for kind, value in POINTS.items() for side in chess.COLORS)
+    points = sum(VALUE[piece.piece_type] for piece in board.piece_map().values()
+                 if piece.piece_type not in (chess.PAWN, chess.KING))
     if points <= ENDGAME_POINTS:
         return "endgame"
     return "opening" if board.fullmove_number <= OPENING_MOVES else "middlegame"
@@ -110,10 +111,8 @@ def judgement(review: Review, votes: Votes) -> dict[str, Any]:
             for tag in named:
                 tags[vote["systems"][letter]][tag] += 1
     return {"go": all(rule["holds"] for rule in held), "rules": held, "votes": len(given), "pairs": len(pairs),
-            "again": sum(vote["again"] for vote in given), "chosen": dict(Counter(
-                vote["systems"].get(vote["best"], vote["best"]) for vote in given)),
-            "comparisons": comparisons, "checks": checks, "phases": group(phase), "classifications": group(classification),
-            "tags": tags}
+            "again": sum(vote["again"] for vote in given), "comparisons": comparisons, "checks": checks,
+            "phases": group(phase), "classifications": group(classification), "tags": tags}
 
 
 def conclude(review: Review, votes: Votes, reviewer: str | None) -> dict[str, Any]:
