@@ -7,6 +7,7 @@ usage() {
   cat <<'EOF'
 bash launch.sh demo                   train a real 135M model on this machine, CPU is enough (a few minutes)
 bash launch.sh review RUN             judge a run's comments blind and reach a verdict; RUN is a directory such as checkpoints/demo
+bash launch.sh export RUN OUT         write the trained model to OUT for others to serve, proved; more: docs/serving.md
 bash launch.sh test                   run all tests
 bash launch.sh check [4b|35b]         what a new machine needs first: does every fast path compute right, and how fast
 bash launch.sh 4b  [key=value ...]    Qwen3-4B-Thinking-2507, int8 + LoRA, data-parallel over every visible GPU
@@ -113,6 +114,10 @@ EOF
     [ $# -gt 0 ] || fail "expected a run's directory, such as: bash launch.sh review checkpoints/demo"
     setup review
     exec .venv/bin/python -m loop.review "$@"
+    ;;
+  export)
+    setup plots
+    exec .venv/bin/python -m loop.export "$@"
     ;;
   test)
     setup test

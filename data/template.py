@@ -14,6 +14,7 @@ from data.limits import RENDER_S, TooSlow, time_limit
 # what stands before the published template; a server may pass `enable_thinking` to it
 THINKING = {"strip": "{%- set enable_thinking = false %}\n",
             "keep": "{%- if enable_thinking is not defined %}{%- set enable_thinking = true %}{%- endif %}\n"}
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PASSED: tuple[dict[str, bool], ...] = ({"enable_thinking": False}, {"enable_thinking": True}, {})
 SYSTEM, QUESTION, ANSWER = ({"role": role, "content": f"I am the {role}."} for role in ("system", "user", "assistant"))
 CHATS = ([QUESTION], [SYSTEM, QUESTION], [QUESTION, ANSWER, QUESTION], [SYSTEM, QUESTION, ANSWER, QUESTION])
@@ -77,10 +78,8 @@ def tokenizer_files(chat: ChatFormat) -> dict[str, bytes]:
     stop = generation.get("eos_token_id") or []
     stop = stop if isinstance(stop, list) else [stop]
     generation["eos_token_id"] = stop if chat.stop_id in stop else [chat.stop_id, *stop]
-    return {"tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True).encode(),
-            "tokenizer_config.json": as_json(config),
-            "chat_template.jinja": trained_template(chat).encode(),
-            "generation_config.json": as_json(generation)}
+    contents = (tokenizer.backend_tokenizer.to_str(pretty=True), as_json(config), trained_template(chat), as_json(generation))
+    return {name: content.encode() for name, content in zip(FILES, contents)}
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -88,8 +87,8 @@ def read_object(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
-def as_json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def as_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_tokenizer(chat: ChatFormat, directory: Path) -> None:

@@ -152,6 +152,30 @@ def best(run_dir: Path) -> Path:
     return min(reversed(verified), key=eval_loss)
 
 
+def find_checkpoint(run_dir: Path, which: str) -> Path:
+    """The best or the newest checkpoint, or that of a step; a run that is still training is left as it is.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    if which == "best":
+        return best(run_dir)
+    if which == "newest":
+        found = [path for path in list_checkpoints(run_dir) if verify(path) is None]
+        if not found:
+            raise ValueError(f"{run_dir}: no checkpoint there. Expected a run's directory with step-NNNNNNNN directories")
+        return found[-1]
+    if not which.isdigit():
+        raise ValueError(f"--checkpoint is {which!r}, expected best, newest, or the number of a step")
+    path = run_dir / f"step-{int(which):08d}"
+    if not path.is_dir():
+        there = ", ".join(str(int(path.name[5:])) for path in list_checkpoints(run_dir)) or "none"
+        raise ValueError(f"{path}: no such checkpoint, there are: {there}")
+    if problem := verify(path):
+        raise ValueError(f"{problem}. Choose another --checkpoint")
+    return path
+
+
 def verify(path: Path, named: Path | None = None) -> str | None:
     """Compares a checkpoint with its manifest and its name; returns the first difference, or None.
 

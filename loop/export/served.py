@@ -98,7 +98,7 @@ def judge(answer: Answer, trained: Scores, untuned: Scores, decode: Callable[[li
         return "prompt", f"{answer.num_prompt_tokens} prompt tokens, {len(answer.prompt)} in training: another chat template"
     rounded, wrong = (torch.nonzero(trained.gaps_N > least)[:, 0].tolist() for least in (0, ROUNDING))
     if not wrong:
-        return "same", f"same, but for rounding at token {rounded[0] + 1}" if rounded else "same"
+        return "same", f"same, but for rounding at token {rounded[0] + 1} ({trained.gaps_N.max():.2g})" if rounded else "same"
     at = wrong[0]
     ours, theirs = (decode([int(ids[at])]) for ids in (trained.likeliest_N, answer.ids))
     said = f"differs at token {at + 1}: {theirs!r}, expected {ours!r}, {trained.gaps_N[at]:.2g} likelier"

@@ -17,6 +17,7 @@ from data.chat import ChatFormat
 from data.files import write_text
 from data.records import Row, open_rows, read_rows
 from loop import checkpoint
+from loop.checkpoint import find_checkpoint
 from loop.config import Config
 from loop.review.checks import normalized, position_of, without_thought
 from loop.review.engine import NODES, Stockfish, find_stockfish, left_out
@@ -71,30 +72,6 @@ class Source:
         stage = build(self.model_dir, self.config.model.base, self.config.lora, seed=seed, device=device, recompute=False)
         load_adapters(stage.adapters(), checkpoint.load(self.path).adapter)
         return stage
-
-
-def find_checkpoint(run_dir: Path, which: str) -> Path:
-    """The best or the newest checkpoint, or that of a step; a run that is still training is left as it is.
-
-    Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
-    """
-    if which == "best":
-        return checkpoint.best(run_dir)
-    if which == "newest":
-        found = [path for path in checkpoint.list_checkpoints(run_dir) if checkpoint.verify(path) is None]
-        if not found:
-            raise ValueError(f"{run_dir}: no checkpoint there. Expected a run's directory with step-NNNNNNNN directories")
-        return found[-1]
-    if not which.isdigit():
-        raise ValueError(f"--checkpoint is {which!r}, expected best, newest, or the number of a step")
-    path = run_dir / f"step-{int(which):08d}"
-    if not path.is_dir():
-        there = ", ".join(str(int(path.name[5:])) for path in checkpoint.list_checkpoints(run_dir)) or "none"
-        raise ValueError(f"{path}: no such checkpoint, there are: {there}")
-    if problem := checkpoint.verify(path):
-        raise ValueError(f"{problem}. Choose another --checkpoint")
-    return path
 
 
 def held_out_rows(config: Config, num_rows: int) -> list[HeldOut]:

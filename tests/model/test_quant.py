@@ -54,8 +54,8 @@ def test_the_weight_comes_back(base, error):
 
 @pytest.mark.parametrize("num_in", (24, 32, 40, 64, 96))
 def test_nf4_rows_that_end_within_a_block(num_in, monkeypatch):
-    """Rows of 32 and of 96 came back multiplied by other rows' absmax: on a CPU, bitsandbytes counts blocks from the start of a row if it
-    is told the matrix's shape. A proof of an export found it, as the same matrix of a single expert was right."""
+    """Rows of 32 and of 96 came back multiplied by other rows' absmax: on a CPU, bitsandbytes counts blocks from the start of a
+    row if it is told the matrix's shape. A proof of an export found it, as the same matrix of a single expert was right."""
     linear, matrix = LINEARS["nf4"](num_in, 64, torch.float32, CPU), torch.randn(64, num_in)
     linear.put(0, matrix)
     found = linear.dequantize()
