@@ -120,7 +120,7 @@ def write_adapter(trained: Trained, for_vllm: bool, directory: Path) -> None:
     is_wrapped = any(name.endswith("ForConditionalGeneration") for name in config.get("architectures") or ())
     if not (for_vllm and is_wrapped):
         if for_vllm and lora.experts:
-            raise ValueError(f"{trained.model_dir}: vLLM takes adapters of routed experts for ...ForConditionalGeneration only, "
+            raise ValueError(f"{trained.model_dir}: vLLM takes an adapter of routed experts for ...ForConditionalGeneration, "
                              f"and config.json names {config.get('architectures')}. Take --format merged")
         shutil.copyfile(trained.adapter, directory / ADAPTER)
         return
