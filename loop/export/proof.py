@@ -116,18 +116,18 @@ def load(directory: Path, kind: str, offloaded: Path) -> Any:
     Raises:
         ValueError: peft finds no place for an adapter, or no adapter for a place.
     """
-    placed: dict[str, Any] = {"device_map": "auto", "offload_folder": str(offloaded), "trust_remote_code": False}
+    placed: dict[str, Any] = {"device_map": "auto", "offload_folder": str(offloaded)}
     if kind == "merged":
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **placed)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False, **placed)
     base = model_directory(read_json(directory / "adapter_config.json")["base_model_name_or_path"])
     config = read_json(base / "config.json")
     wrapped = kind == "vllm" and "vision_config" in config
     model_class = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
     if "quantization_config" in config:  # FP8; transformers dequantizes it to bf16 only
         placed["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-        model = model_class.from_pretrained(base, dtype=torch.bfloat16, **placed).float()
+        model = model_class.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False, **placed).float()
     else:
-        model = model_class.from_pretrained(base, dtype=torch.float32, **placed)
+        model = model_class.from_pretrained(base, dtype=torch.float32, trust_remote_code=False, **placed)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*(missing|unexpected).*adapter.*keys|.*adapter keys.*")
         try:
