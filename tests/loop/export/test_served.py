@@ -167,9 +167,9 @@ def test_answers_that_the_untuned_model_gives_as_well_prove_nothing(trained, mon
 
 @pytest.mark.parametrize("gap, untuned, verdict, said", [
     (0.0, -9.0, "same", "same"),
-    (0.2, -9.0, "same", "same, but for rounding at token 2 (0.2)"),
-    (0.3, -9.0, "differs", "differs at token 2: 'b', expected 'x', 0.3 likelier"),
-    (0.3, -0.1, "base", "looks like the base, differs at token 2: 'b', expected 'x', 0.3 likelier"),
+    (0.4, -9.0, "same", "same, but for rounding at token 2 (0.4)"),
+    (0.6, -9.0, "differs", "differs at token 2: 'b', expected 'x', 0.6 likelier"),
+    (0.6, -0.1, "base", "looks like the base, differs at token 2: 'b', expected 'x', 0.6 likelier"),
 ])
 def test_rounding_may_decide_between_tokens_that_are_about_as_likely(gap, untuned, verdict, said):
     answer = Answer(1, [7], 1, [ord("a"), ord("b")], [], False)
