@@ -15,7 +15,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loop.config import load_config
+from loop.config import Config, load_config
 from loop.errors import run_command
 
 if TYPE_CHECKING:
@@ -39,14 +39,28 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-browser", action="store_true", help="only print the link")
     parser.add_argument("--reviewer", metavar="NAME", help="your name in the verdict (the user's)")
     parser.add_argument("--verify", action="store_true", help="say whether the verdict still holds, and end")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # RUN2 may also stand behind options
     for name in ("rows", "max_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port is {args.port}, expected 0 to 65535")
+    if args.second and args.second.resolve() == args.run_dir.resolve():
+        raise ValueError(f"RUN and RUN2 are both {args.run_dir}, expected two runs, or one alone")
     return args
+
+
+def config_of(run_dir: Path, overrides: list[str]) -> Config:
+    """A run's own configuration.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        runs = ", ".join(str(file.parent) for file in sorted(Path("checkpoints").glob("*/config.yaml"))) or "none"
+        raise ValueError(f"{run_dir}: no run there. Expected the directory of a run; those in checkpoints: {runs}")
+    return load_config(run_dir / "config.yaml", overrides)
 
 
 def main() -> None:
@@ -63,7 +77,7 @@ def main() -> None:
     from loop.review.pairs import begin
 
     directory = args.run_dir / "review"
-    config = load_config(args.run_dir / "config.yaml", args.set)
+    config = config_of(args.run_dir, args.set)
     begin(directory, config.review)
     with open(directory / ".lock", "a") as lock:
         try:
@@ -79,7 +93,7 @@ def prepare(args: argparse.Namespace, directory: Path) -> Review:
     from loop.review.pairs import open_review
 
     run_dirs = [args.run_dir, *filter(None, [args.second])]
-    sources = [Source(run_dir, load_config(run_dir / "config.yaml", args.set), args.checkpoint) for run_dir in run_dirs]
+    sources = [Source(run_dir, config_of(run_dir, args.set), args.checkpoint) for run_dir in run_dirs]
     write_review(directory, sources, args.rows, args.max_tokens)
     return open_review(args.run_dir)
 

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from loop.config import load_config
+from loop.review.__main__ import config_of, parse_arguments
 from loop.review.answers import ANSWERS, HeldOut, Source, asked_engine, find_checkpoint, held_out_rows, write_review
 from loop.review.checks import BOARD_CHECKS
 from loop.review.engine import find_stockfish
@@ -123,10 +125,22 @@ def test_from_a_finished_run_to_a_verdict(source):
     assert done.returncode == 1 and re.search(r"adapter_model.safetensors: was changed", done.stdout)
 
 
+def test_wrong_runs_are_named(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = Path("checkpoints/tiny")
+    for wrong in (Path("checkpoints"), Path("nope"), source.path):
+        with pytest.raises(ValueError, match=f"{wrong}: no run there. .*; those in checkpoints: checkpoints/tiny$"):
+            config_of(wrong, [])
+    assert config_of(run_dir, ["run=other"]).run == "other"
+    monkeypatch.setattr("sys.argv", ["loop.review", "checkpoints/tiny", "checkpoints/../checkpoints/tiny/"])
+    with pytest.raises(ValueError, match="RUN and RUN2 are both checkpoints/tiny"):
+        parse_arguments()
+
+
 @pytest.mark.parametrize("options, problem", [
     (["--rows", "0"], "--rows is 0, expected at least 1"), (["--port", "70000"], "--port is 70000"),
     (["--set", "review.least_votes=0"], "review.least_votes is 0, expected 1 to"), (["--verify"], "no review there"),
-    (["--checkpoint", "x"], "--checkpoint is 'x'"),
+    (["--checkpoint", "x"], "--checkpoint is 'x'"), (["."], "no run there"),
 ])
 def test_mistakes_are_named_in_one_line(source, options, problem):
     done = run_command(source.run_dir, "--no-browser", *options)
