@@ -73,17 +73,19 @@ def main() -> None:
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed, which the review needs: {INSTALL}") from None
     if args.verify:
-        return verify(args.run_dir)
-    from loop.review.pairs import begin
+        return verify(args.run_dir, args.second)
+    from loop.review.pairs import begin, directory_of
 
-    directory = args.run_dir / "review"
+    directory = directory_of(args.run_dir, args.second)
     config = config_of(args.run_dir, args.set)
     begin(directory, config.review)
-    with open(directory / ".lock", "a") as lock:
+    shared = directory_of(args.run_dir)  # holds the answers, of which every review of the run uses some
+    shared.mkdir(exist_ok=True)
+    with open(shared / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{directory}: another process serves this review. Use its page, or end it first") from None
+            raise ValueError(f"{args.run_dir}: a review of this run is served already. Use its page, or end it first") from None
         serve(prepare(args, directory), args)
 
 
@@ -95,7 +97,7 @@ def prepare(args: argparse.Namespace, directory: Path) -> Review:
     run_dirs = [args.run_dir, *filter(None, [args.second])]
     sources = [Source(run_dir, config_of(run_dir, args.set), args.checkpoint) for run_dir in run_dirs]
     write_review(directory, sources, args.rows, args.max_tokens)
-    return open_review(args.run_dir)
+    return open_review(args.run_dir, args.second)
 
 
 def serve(review: Review, args: argparse.Namespace) -> None:
@@ -142,18 +144,18 @@ def serve(review: Review, args: argparse.Namespace) -> None:
                                   timeout_graceful_shutdown=2)).run(sockets=[listening])
 
 
-def verify(run_dir: Path) -> None:
-    """Says whether a run's verdict still holds; exit status 1 if it does not."""
+def verify(run_dir: Path, second: Path | None = None) -> None:
+    """Says whether a review's verdict still holds; exit status 1 if it does not."""
     from loop.checkpoint import read_json
     from loop.review.pairs import VERDICT, VOTES, open_review
     from loop.review.seal import broken
     from loop.review.verdict import as_lines, judgement
     from loop.review.votes import Votes
 
-    review = open_review(run_dir)
+    review = open_review(run_dir, second)
     path = review.directory / VERDICT
     if not path.exists():
-        raise ValueError(f"{path}: no verdict there. Vote first: python -m loop.review {run_dir}")
+        raise ValueError(f"{path}: no verdict there. Vote first: python -m loop.review {run_dir} {second or ''}".rstrip())
     verdict = read_json(path)
     problems = broken(review, verdict, judgement(review, Votes(review.directory / VOTES)))
     print(*as_lines(verdict), f"by {verdict['reviewer']} on {verdict['date']}", sep="\n")

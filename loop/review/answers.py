@@ -22,7 +22,7 @@ from loop.config import Config
 from loop.review.checks import normalized, position_of, without_thought
 from loop.review.engine import NODES, Stockfish, find_stockfish, left_out
 from loop.review.lines import append_line, read_lines
-from loop.review.pairs import REVIEW
+from loop.review.pairs import REVIEW, VOTES, directory_of
 from loop.run import load_tokenizer
 from loop.state import load_adapters
 from model.build import build
@@ -94,18 +94,24 @@ def held_out_rows(config: Config, num_rows: int) -> list[HeldOut]:
 
 
 def write_review(directory: Path, sources: list[Source], num_rows: int, max_tokens: int | None) -> None:
-    """Writes the answers that are missing, then review.json, from which all else is read."""
+    """Writes the answers that are missing, then review.json, from which all else is read.
+
+    Raises:
+        ValueError: there are votes, which were given to other comments.
+    """
     first = sources[0]
+    shared = directory_of(first.run_dir)
     rows = held_out_rows(first.config, num_rows)
     if max_tokens is None:  # a model that writes more than twice the longest reference does not do what it was trained for
         max_tokens = 2 * max(len(first.chat.tokenizer(row.row.messages[-1]["content"]).input_ids) for row in rows)
-    answers = {"base": answers_of(directory, first, rows, max_tokens, tuned=False)}
+    keep_votes(directory, sources, len(rows), max_tokens)
+    answers = {"base": answers_of(shared, first, rows, max_tokens, tuned=False)}
     systems = {"base": "the untuned model"}
     for system, source in zip(("tuned", "rival"), sources):
-        answers[system] = answers_of(directory, source, rows, max_tokens, tuned=True)
+        answers[system] = answers_of(shared, source, rows, max_tokens, tuned=True)
         systems[system] = f"the tuned model ({source.path})"
     trained_on, pairs = training_texts(first.config), []
-    for index, (row, engine) in enumerate(zip(rows, asked_engine(directory, rows))):
+    for index, (row, engine) in enumerate(zip(rows, asked_engine(shared, rows))):
         comments = {system: answers[system][index] for system in answers}
         for comment in comments.values():
             comment["trained_on"] = normalized(comment["text"]) in trained_on
@@ -114,6 +120,24 @@ def write_review(directory: Path, sources: list[Source], num_rows: int, max_toke
     described = {"systems": systems, "max_tokens": max_tokens, "eval": first.config.data.eval, "pairs": pairs,
                  "checkpoints": [str(source.path) for source in sources], "model": first.config.model.path}
     write_text(directory / REVIEW, json.dumps(described, ensure_ascii=False, indent=1) + "\n")
+
+
+def keep_votes(directory: Path, sources: list[Source], num_rows: int, max_tokens: int) -> None:
+    """Refuses to replace what votes were given to.
+
+    Raises:
+        ValueError: other checkpoints, rows or longest answers are asked for.
+    """
+    if not (directory / VOTES).exists() or not (directory / REVIEW).exists():
+        return
+
+    given = checkpoint.read_json(directory / REVIEW)
+    was = (given["checkpoints"], len(given["pairs"]), given["max_tokens"])
+    now = ([str(source.path) for source in sources], num_rows, max_tokens)
+    if [Path(path).resolve() for path in was[0]] != [Path(path).resolve() for path in now[0]] or was[1:] != now[1:]:
+        said = ["{}, {} rows, answers of at most {} tokens".format(", ".join(paths), *counts) for paths, *counts in (was, now)]
+        raise ValueError(f"{directory}: votes were given to {said[0]}; asked for is {said[1]}. Choose the same with "
+                         f"--checkpoint, --rows and --max-tokens, or move {directory} away and vote anew")
 
 
 def asked_engine(directory: Path, rows: list[HeldOut]) -> list[dict[str, Any] | None]:

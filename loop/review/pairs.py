@@ -147,15 +147,20 @@ class Review:
         return {**self.described["systems"], "reference": "the reference of the row"}
 
 
-def open_review(run_dir: Path) -> Review:
+def directory_of(run_dir: Path, second: Path | None = None) -> Path:
+    """Where a review is. A comparison with a second run is a review of its own: its votes are no votes on the run alone."""
+    return run_dir / (f"review-{second.resolve().name}" if second else "review")
+
+
+def open_review(run_dir: Path, second: Path | None = None) -> Review:
     """Reads what was written for a review.
 
     Raises:
         ValueError: there is none.
     """
-    directory = run_dir / "review"
+    directory = directory_of(run_dir, second)
     if not (directory / REVIEW).exists():
-        raise ValueError(f"{directory}: no review there. Begin one: python -m loop.review {run_dir}")
+        raise ValueError(f"{directory}: no review there. Begin one: python -m loop.review {run_dir} {second or ''}".rstrip())
     described = read_json(directory / REVIEW)
     secret = bytes.fromhex((directory / SECRET).read_text())
     pairs = [shuffled(secret, item["line"], item["row"], item["comments"], item.get("engine")) for item in described["pairs"]]

@@ -16,7 +16,7 @@ from loop.review.answers import ANSWERS, HeldOut, Source, asked_engine, find_che
 from loop.review.checks import BOARD_CHECKS
 from loop.review.engine import find_stockfish
 from loop.review.lines import read_lines
-from loop.review.pairs import begin, open_review, shuffled
+from loop.review.pairs import begin, directory_of, open_review, shuffled
 from tests.loop.review.made import ROOT, Served
 from tests.loop.review.made import comment as made_comment
 from tests.loop.review.made import row as made_row
@@ -57,6 +57,25 @@ def test_answers_are_written_once_and_the_rest_after_a_kill(source, capfd):
     write_review(directory, [source], 4, 5)  # other settings are other answers
     assert len(read_lines(directory / ANSWERS)) == 16
     assert not open_review(source.run_dir).pairs.keys() & pairs.keys()
+
+
+def test_votes_and_verdict_stay_whatever_is_reviewed_next(source):
+    """A review with a second run, or of another checkpoint, replaced what votes had been given to, and broke the verdict."""
+    first, both = directory_of(source.run_dir), directory_of(source.run_dir, source.run_dir / "../second/")
+    write_review(first, [source], 3, 8)
+    written = (first / "review.json").read_bytes()
+    (first / "votes.jsonl").write_text('{"pair": "x"}\n')
+    number = int(source.path.name[5:])
+    for num_rows, max_tokens in ((2, 8), (3, 7)):
+        with pytest.raises(ValueError, match=rf"{number:08}, 3 rows, answers of at most 8 tokens; asked for is .*{number:08}, "
+                                             rf"{num_rows} rows, answers of at most {max_tokens} tokens. Choose the same"):
+            write_review(first, [source], num_rows, max_tokens)
+    begin(both, source.config.review)
+    write_review(both, [source, source], 3, 8)
+    write_review(first, [source], 3, 8)
+    assert both.name == "review-second" and len(read_lines(first / ANSWERS)) == 6, "no answer is written twice"
+    assert (first / "review.json").read_bytes() == written
+    assert all(len(pair.order) == 4 for pair in open_review(source.run_dir, Path("elsewhere/second")).pairs.values())
 
 
 def test_another_checkpoint_is_another_key(source):
