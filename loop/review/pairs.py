@@ -125,10 +125,9 @@ class Pair:
         assert before is not None and move is not None
         squares = [chess.parse_square(name) for name in re.findall(SQUARE, shown)]
         arrows = [chess.svg.Arrow(move.from_square, move.to_square, color="#15781bb0")] if not shown else []
-        if len(squares) == 2:
-            arrows.append(chess.svg.Arrow(*squares, color="#003088b0"))
-        return chess.svg.board(self.boards[shown.startswith("+")], orientation=before.turn, arrows=arrows, size=480,
-                               squares=squares if len(squares) == 1 else [])
+        if squares:  # a move, or a ring around a square, which python-chess draws for an arrow that goes nowhere
+            arrows.append(chess.svg.Arrow(squares[0], squares[-1], color="#003088b0"))
+        return chess.svg.board(self.boards[shown.startswith("+")], orientation=before.turn, arrows=arrows, size=480)
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def shuffled(
 def in_words(centipawns: int) -> str:
     """An evaluation for the mover in pawns, or as a mate."""
     moves = MATE_CP - abs(centipawns)
-    return f"{'' if centipawns > 0 else '-'}mate in {moves}" if moves < 1000 else f"{centipawns / 100:+.2f}"
+    return f"{'mate' if centipawns > 0 else 'mated'} in {moves}" if moves < 1000 else f"{centipawns / 100:+.2f}"
 
 
 def keyed(secret: bytes, text: str) -> str:

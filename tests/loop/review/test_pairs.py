@@ -1,6 +1,7 @@
 """Shuffled letters, and what of a comment the board can show."""
 
 import os
+import re
 import stat
 from itertools import permutations
 
@@ -74,6 +75,8 @@ def test_every_board_can_be_drawn():
     pair = pair_of(fen="8/4k3/8/8/8/2p5/1P2K3/8 b - - 0 40", move="c3b2")
     drawn = [pair.board_svg(shown) for shown in ("", "b2", "c3b2", "+b2b1")]
     assert len(set(drawn)) == 4 and all(svg.startswith("<svg") for svg in drawn)
+    rings = ["<circle" in re.sub(r"<defs>.*</defs>", "", svg) for svg in drawn]
+    assert rings == [False, True, False, False], "a square's piece stays in sight"
     assert pair.board_text().startswith("Black plays cxb2, the arrow from c3 to b2. Position: 8/4k3")
     assert pair.position[0].turn == chess.BLACK
 
