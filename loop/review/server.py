@@ -127,8 +127,8 @@ def application(
         return JSONResponse(revealed(review, found, votes))
 
     async def undo(request: Request) -> Response:
-        votes.undo(str((await body(request)).get("pair")))
-        return JSONResponse({})
+        vote = votes.undo(str((await body(request)).get("pair"))) or {}
+        return JSONResponse({key: vote[key] for key in ("tags", "note") if key in vote})
 
     async def verdict(request: Request) -> Response:
         await body(request)

@@ -59,10 +59,12 @@ class Votes:
         self.append(vote)
         return vote
 
-    def undo(self, pair_id: str) -> None:
-        """Takes the vote of a pair back, if it has one."""
-        if pair_id in self.standing:
+    def undo(self, pair_id: str) -> Vote | None:
+        """Takes the vote of a pair back, and returns it if there was one."""
+        vote = self.standing.get(pair_id)
+        if vote:
             self.append({"undo": pair_id, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+        return vote
 
     def look(self, num_votes: int) -> int:
         """Writes down that the verdict was computed; returns after how many votes it was before, but for this number."""

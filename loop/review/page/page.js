@@ -46,7 +46,7 @@ function keep() {
 async function list() {
   ({pairs, last, tags, enough} = await ask("pairs"));
   const voted = pairs.filter((one) => one.voted).length;
-  $("count").textContent = `${voted} of ${pairs.length} voted`;
+  $("count").textContent = `${voted} of ${pairs.length} voted` + (voted < enough ? `; a verdict takes ${enough}` : "");
   $("progress").max = pairs.length;
   $("progress").value = voted;
   $("verdict").disabled = voted < enough;
@@ -127,6 +127,8 @@ function update() {
   $("note").disabled = voted;
   $("save-text").textContent = voted ? "Go on" : "Save the vote";
   const number = pairs.findIndex((one) => one.id === pair.id) + 1;
+  $("previous").disabled = number === 1;
+  $("next").disabled = number === pairs.length;
   $("engine").textContent = pair.engine || "";
   $("choice").textContent = `Position ${number} of ${pairs.length}: ${voted ? "your vote is saved." : chosen()}`;
 }
@@ -134,7 +136,8 @@ function update() {
 function chosen() {
   if (draft.best === "tie") return "equally good.";
   if (draft.best === "bad") return "none is good.";
-  if (draft.best) return `${draft.best} is best${draft.second ? `, then ${draft.second}` : ""}.`;
+  if (draft.second) return `${draft.best} is best, then ${draft.second}.`;
+  if (draft.best) return `${draft.best} is best. The others count as even, unless a second letter says which comes next.`;
   return "no choice yet.";
 }
 
@@ -145,6 +148,7 @@ function edit(change) {
   change();
   keep();
   update();
+  say("");
 }
 
 function chooseLetter(letter) {
@@ -191,6 +195,7 @@ async function save() {
     draft = {...newDraft(), ...pair.vote};
     $("comments").replaceChildren(...pair.comments.map(card));
     update();
+    if ($("answers").getBoundingClientRect().top < 0) $("answers").scrollIntoView();  // what was what, from the first comment
     const voted = await list();
     say(`Saved. Below each comment stands whose it is. ${voted === pairs.length ? "That was the last: V for the verdict." : "Enter leads on."}`);
   } finally {
@@ -218,15 +223,15 @@ async function undo() {
   await list();
   const id = pairs.find((one) => one.id === pair.id && one.voted) ? pair.id : last;
   if (!id) return say("There is no vote to take back.");
-  await ask("undo", {pair: id});
-  sessionStorage.removeItem(id);
+  sessionStorage.setItem(id, JSON.stringify({...newDraft(), ...await ask("undo", {pair: id})}));
   await list();
   await open(id);
-  say("The vote is taken back. A new one counts, and is marked as given after what was what was shown.");
+  say("The vote is taken back, its tags and note are kept. A new one counts, but is marked: you know whose each comment is.");
 }
 
 async function conclude() {
   if ($("verdict").disabled) return say(`The verdict takes ${enough} votes.`, true);
+  say("computing the verdict ...");
   const {lines} = await ask("verdict", {});
   $("conclusion").replaceChildren(...lines.map((line) => make("li", {}, line)));
   $("conclusion").hidden = false;

@@ -68,7 +68,7 @@ def test_a_whole_session_by_keyboard(browser, review):
     context = browser.new_context()
     with Served(run_dir) as served:
         tab = Tab(context, served.link)
-        assert tab.text("#count") == f"0 of {len(PAYLOADS)} voted"
+        assert tab.text("#count") == f"0 of {len(PAYLOADS)} voted; a verdict takes 2"
         assert "token" not in tab.page.url, "the address bar, which may be photographed, holds no key"
         tab.press("v")
         tab.says("takes 2 votes")
@@ -80,11 +80,14 @@ def test_a_whole_session_by_keyboard(browser, review):
             assert text in shown, "shown as it was written"
             assert tab.page.locator(".text *:not(button)").count() == 0, "and nothing of it is HTML"
             assert not tab.page.evaluate("document.documentElement.textContent").count("the untuned model")
-            tab.press("b", "c", "3", "ArrowLeft", "1", "1", "7", "n")
+            tab.press("b")
+            tab.says("B is best. The others count as even, unless a second letter", "#choice")
+            tab.press("c", "3", "ArrowLeft", "1", "1", "7", "n")
             tab.page.keyboard.type("Abc 123 tx")  # no key of the page while a note is written
             tab.press("Escape")
             tab.vote()
             assert tab.page.locator(".told").count() == 3
+            assert tab.page.evaluate("document.querySelector('#answers').getBoundingClientRect().top") >= 0, "seen from its top"
             tab.press("Enter")
         tab.says("Every position has a vote")
         assert tab.page.title() == "Blind review", "no payload has run"
@@ -137,6 +140,9 @@ def test_a_server_killed_between_click_and_write_loses_nothing(browser, review):
         tab.press("u")
         tab.says("taken back")
         assert "undo" in served.votes[1] and len(served.votes) == 2
+        tab.says("Position 1 of 6: no choice yet", "#choice")
+        tab.vote("b")
+        assert [(line["best"], line["tags"]) for line in served.votes[2:]] == [("B", {"A": ["repeats"]})], "tags are kept"
     context.close()
 
 
@@ -165,6 +171,7 @@ def test_two_tabs_count_nothing_twice_and_undo_is_seen(browser, review):
     with Served(run_dir) as served:
         one, two = Tab(context, served.link), Tab(context, served.link)
         one.vote("a")
+        assert one.page.is_disabled("#previous") and not one.page.is_disabled("#next")
         two.press("b", "Enter")
         two.says("has a vote already")
         assert [line["best"] for line in served.votes] == ["A"]
