@@ -89,7 +89,10 @@ def held_out_rows(config: Config, num_rows: int) -> list[HeldOut]:
     found = [row for row in found if position_of(row.raw)[0] is not None] or found
     if not found:
         raise ValueError(f"{path}: no row of one question and one answer from {', '.join(config.data.sources)}")
-    num_rows = min(num_rows, len(found))
+    if len(found) < num_rows:
+        print(f"{path}: {len(found)} of {len(lines) - (not lines[-1])} rows are compared, those of one question and one answer "
+              f"from {', '.join(config.data.sources)}" + (", with a position" if position_of(found[0].raw)[0] else ""))
+        num_rows = len(found)
     return [found[index * len(found) // num_rows] for index in range(num_rows)]
 
 

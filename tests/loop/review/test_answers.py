@@ -94,9 +94,11 @@ def test_checkpoints_by_name(finished_run):
             find_checkpoint(finished_run, which)
 
 
-def test_rows_are_spread_evenly_and_those_with_a_position_come_first(source, tmp_path):
+def test_rows_are_spread_evenly_and_those_with_a_position_come_first(source, capfd):
     assert [row.row.line for row in held_out_rows(source.config, 5)] == [1, 3, 5, 8, 10]
+    capfd.readouterr()
     assert len(held_out_rows(source.config, 500)) == 12
+    assert "eval.jsonl: 12 of 12 rows are compared, those of one question and one answer" in capfd.readouterr().out
 
 
 @pytest.mark.skipif(find_stockfish() is None, reason="Stockfish is not here (Debian: stockfish)")
