@@ -156,8 +156,10 @@ def verify(run_dir: Path, second: Path | None = None) -> None:
     path = review.directory / VERDICT
     if not path.exists():
         raise ValueError(f"{path}: no verdict there. Vote first: python -m loop.review {run_dir} {second or ''}".rstrip())
-    verdict = read_json(path)
-    problems = broken(review, verdict, judgement(review, Votes(review.directory / VOTES)))
+    verdict, judged = read_json(path), judgement(review, Votes(review.directory / VOTES))
+    if missing := sorted({*judged, "looks", "reviewer", "date", "seal"} - {*verdict}):
+        raise ValueError(f"{path}: without {', '.join(missing)}: damaged, or of another version. V on the page writes it anew")
+    problems = broken(review, verdict, judged)
     print(*as_lines(verdict), f"by {verdict['reviewer']} on {verdict['date']}", sep="\n")
     if problems:
         print("The verdict no longer holds:", *problems, sep="\n")

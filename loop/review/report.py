@@ -10,7 +10,7 @@ from typing import Any, Iterable
 
 from data.files import write_text
 from loop.review.pairs import Pair, Review
-from loop.review.verdict import as_lines
+from loop.review.verdict import CALLED, as_lines
 from loop.review.votes import Vote, Votes
 
 REPORT = "report.html"
@@ -21,24 +21,26 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def write_report(review: Review, votes: Votes, verdict: dict[str, Any]) -> Path:
     standing = votes.standing
     title = f"Review of {review.directory.parent}"
-    comparisons = [[one["first"], one["second"], one["won"], one["lost"], one["even"], interval(one), f"{one['p']:.4f}"]
-                   for one in verdict["comparisons"]]
-    checks = [[system, interval(one), ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in one["flagged"].items())]
+    comparisons = [[CALLED[one["first"]], CALLED[one["second"]], one["won"], one["lost"], one["even"], interval(one),
+                    f"{one['p']:.2g}"] for one in verdict["comparisons"]]
+    checks = [[CALLED[system], interval(one),
+               ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in one["flagged"].items())]
               for system, one in verdict["checks"].items()]
-    tags = [[system, ", ".join(f"{tag} {count}" for tag, count in one.items() if count)]
-            for system, one in verdict["tags"].items()]
+    tags = [[CALLED[system], ", ".join(f"{tag} {count}" for tag, count in one.items() if count)]
+            for system, one in verdict["tags"].items() if any(one.values())]
+    decided, *reasons = as_lines(verdict)
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(verdict['reviewer'])}, {escape(verdict['date'])}</p>",
-        items(as_lines(verdict)),
+        f'<p class="decided">{escape(decided)}</p>', items(reasons),
+        table("Systems", ["", "is"], [[CALLED[system], name] for system, name in verdict["systems"].items()]),
         table("Votes", ["system", "against", "better", "worse", "even", "share of those decided", "p, one-sided"], comparisons),
         table("Automatic checks", ["system", "comments with wrong facts", "comments flagged, by check"], checks),
         *(table(name, ["", "positions", "tuned better", "worse", "even", "comments with wrong facts"],
                 [[key, one["pairs"], one["won"], one["lost"], one["even"],
-                  ", ".join(f"{system} {count}" for system, count in one["wrong"].items())]
+                  ", ".join(f"{CALLED[system]} {count}" for system, count in one["wrong"].items())]
                  for key, one in verdict[kind].items()])
           for name, kind in (("By phase of the game", "phases"), ("By classification", "classifications")) if verdict[kind]),
-        table("Tags", ["system", "given to"], tags),
-        table("Systems", ["", "is"], [list(item) for item in verdict["systems"].items()]),
+        *([table("Tags", ["system", "given to"], tags)] if tags else []),
         "<h2>Positions</h2>", *(position(review, pair, standing.get(pair.id)) for pair in review.pairs.values()),
         table("Made from", ["what", "SHA-256"], [list(item) for item in verdict["seal"].items()]),
     ]

@@ -18,9 +18,10 @@ from loop.review.checks import BOARD_CHECKS
 from loop.review.pairs import VERDICT, Pair, Review
 from loop.review.seal import seal
 from loop.review.strength import CLASS
-from loop.review.votes import TAGS, Vote, Votes
+from loop.review.votes import NO_WINNER, TAGS, Vote, Votes
 from loop.review.words import VALUE
 
+CALLED = {"base": "untuned", "tuned": "tuned", "rival": "second run", "reference": "reference"}
 OPENING_MOVES, ENDGAME_POINTS = 12, 26  # an endgame: at most so many points of pieces on both sides, without pawns
 
 
@@ -100,7 +101,7 @@ def judgement(review: Review, votes: Votes) -> dict[str, Any]:
          "holds": len(given) >= rules.least_votes},
         {"rule": f"tuned better than untuned where one is better, exact one-sided sign test, p at most {rules.significance:g}",
          "found": f"{against_base['won']} better, {against_base['lost']} worse, {against_base['even']} even, "
-                  f"p = {against_base['p']:.4f}", "holds": against_base["p"] <= rules.significance},
+                  f"p = {against_base['p']:.2g}", "holds": against_base["p"] <= rules.significance},
         {"rule": f"wrong facts found by checks in at most {most:.0%} of the comments, the references' share plus "
                  f"{rules.more_wrong:.0%}", "found": f"{checks['tuned']['share']:.0%}",
          "holds": checks["tuned"]["share"] <= most + 1e-9},
@@ -110,8 +111,9 @@ def judgement(review: Review, votes: Votes) -> dict[str, Any]:
         for letter, named in vote["tags"].items():
             for tag in named:
                 tags[vote["systems"][letter]][tag] += 1
+    unsaid = sum(vote["best"] not in NO_WINNER and not outcome(vote, "tuned", "base") for vote in given)
     return {"go": all(rule["holds"] for rule in held), "rules": held, "votes": len(given), "pairs": len(pairs),
-            "again": sum(vote["again"] for vote in given), "comparisons": comparisons, "checks": checks,
+            "again": sum(vote["again"] for vote in given), "unsaid": unsaid, "comparisons": comparisons, "checks": checks,
             "phases": group(phase), "classifications": group(classification), "tags": tags}
 
 
@@ -129,14 +131,16 @@ def as_lines(verdict: dict[str, Any]) -> list[str]:
     """The verdict in words: the decision, then what led to it."""
     lines = ["GO: all rules hold." if verdict["go"] else "NO GO: not all rules hold."]
     lines += [f"{'holds' if rule['holds'] else 'FAILS'}: {rule['rule']}: {rule['found']}" for rule in verdict["rules"]]
+    if verdict["unsaid"]:
+        lines.append(f"votes with neither tuned nor untuned as best or second best: {verdict['unsaid']}. They count as even.")
     for one in verdict["comparisons"]:
-        lines.append(f"{one['first']} against {one['second']}: {one['won']} better, {one['lost']} worse, {one['even']} even; "
-                     f"{one['share']:.0%} of those decided (95 %: {one['low']:.0%} to {one['high']:.0%})")
-    lines += [f"wrong facts of {system}: {one['wrong']} of {one['comments']} comments "
+        lines.append(f"{CALLED[one['first']]} against {CALLED[one['second']]}: {one['won']} better, {one['lost']} worse, "
+                     f"{one['even']} even; {one['share']:.0%} of those decided (95 %: {one['low']:.0%} to {one['high']:.0%})")
+    lines += [f"wrong facts of {CALLED[system]}: {one['wrong']} of {one['comments']} comments "
               f"(95 %: {one['low']:.0%} to {one['high']:.0%})" for system, one in verdict["checks"].items()]
     if verdict["looks"]:
-        lines.append(f"The verdict was computed before, after other numbers of votes: {verdict['looks']} times. "
-                     "The sign test's level is that of one look.")
+        lines.append(f"looks at the verdict before, after other numbers of votes: {verdict['looks']}. The sign test's level is "
+                     "that of one look.")
     if verdict["again"]:
-        lines.append(f"{verdict['again']} of the votes were given anew after what was what was shown: they are not blind.")
+        lines.append(f"votes given again, after it was shown whose each comment is: {verdict['again']}. They are not blind.")
     return lines

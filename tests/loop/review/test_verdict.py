@@ -10,7 +10,7 @@ from loop.review.__main__ import verify
 from loop.review.pairs import open_review
 from loop.review.report import write_report
 from loop.review.seal import one_line
-from loop.review.verdict import compared, conclude, judgement, outcome, phase, share
+from loop.review.verdict import as_lines, compared, conclude, judgement, outcome, phase, share
 from loop.review.votes import Votes
 from tests.loop.review.made import PAYLOADS, row, write_made
 from tests.loop.review.test_pairs import pair_of
@@ -143,6 +143,22 @@ def test_later_votes_and_missing_checkpoints_break_the_seal(tmp_path, capsys):
     status, said = verified(tmp_path / "run", capsys)
     assert status == 1 and "votes.jsonl: was changed" in said and "verdict.json: votes is 6, computed again 7" in said
     assert "adapter_model.safetensors: is not there any more" in said
+
+
+def test_a_verdict_without_all_its_parts_is_named(tmp_path):
+    conclude(*made(tmp_path), None)
+    (tmp_path / "run/review/verdict.json").write_text('{"go": true, "date": "today"}')
+    with pytest.raises(ValueError, match="review/verdict.json: without again, .*, votes: damaged, or"):
+        verify(tmp_path / "run")
+
+
+def test_votes_that_name_neither_model_are_said(tmp_path):
+    review, votes = made(tmp_path, best="reference")
+    last = list(review.pairs.values())[-1]
+    votes.add(last, {"token": "z" * 16, "best": "tie", "second": None, "tags": {}, "note": ""})
+    found = conclude(review, votes, None)
+    assert found["unsaid"] == 6 and found["comparisons"][0]["even"] == 7
+    assert "votes with neither tuned nor untuned as best or second best: 6. They count as even." in as_lines(found)
 
 
 def test_earlier_looks_are_counted(tmp_path):
