@@ -39,6 +39,8 @@ setup() {
     [ -n "$python" ] || fail "no Python 3.11 or newer found; install one (Debian, Ubuntu: apt install python3.11 python3.11-venv)"
     echo "setting up .venv with $($python --version), once; this takes a few minutes ..."
     "$python" -m venv --clear .venv || fail "$python has no venv module (Debian, Ubuntu: apt install $python-venv)"
+  else
+    echo "adding to .venv what this command needs, once ..."
   fi
   {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" &&
