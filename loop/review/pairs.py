@@ -77,11 +77,13 @@ class Pair:
 
     @property
     def strength_text(self) -> str:
-        """What the engine thinks of the row's move."""
-        if self.engine is None or (found := self.strength) is None:
+        """What the engine thinks of the row's move. The numbers are the mover's, where chess programs show White's."""
+        board, found = self.position[0], self.strength
+        if self.engine is None or found is None or board is None:
             return ""
-        return (f"{self.engine['engine']}: {in_words(found.before_cp)} with the best move, {in_words(found.after_cp)} with the "
-                f"move played. Best line: {found.line}")
+        before, after = in_words(found.before_cp), in_words(found.after_cp)
+        return (f"{self.engine['engine']}, for {'White' if board.turn else 'Black'}: {before} with the best move, {after} with "
+                f"the move played. Best line: {found.line}")
 
     def parts(self, text: str) -> list[tuple[str, str]]:
         """The text in pieces; beside a piece that names a move or a square stands what the board can show of it."""

@@ -112,7 +112,7 @@ def test_stockfish_is_asked_once_and_its_verdict_is_kept(tmp_path, capfd):
     comments = {"base": made_comment("Qxe5+ is the best move."), "reference": made_comment("Qxf7# was mate.")}
     pair, without = shuffled(bytes(32), 1, mate, comments, found), shuffled(bytes(32), 1, mate, comments)
     assert pair.id == without.id and "false_best" in {flag.check for flag in pair.flags["base"]} and not without.strength_text
-    assert pair.strength_text.startswith("Stockfish") and ": mate in 1 with the best move, " in pair.strength_text
+    assert pair.strength_text.startswith("Stockfish") and ", for White: mate in 1 with the best move, " in pair.strength_text
     assert "false_best" not in BOARD_CHECKS, "what only an engine knows is counted apart"
 
 
