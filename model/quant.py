@@ -177,8 +177,39 @@ def plain_blockwise(quantized: Tensor, scales: Tensor, code: Tensor) -> Tensor:
 def quantize_nf4(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes W flat weights to bitsandbytes' nf4: packed [W / 2, 1], and each block's absmax in float32."""
     with one_thread_on_cpu(weights):
-        parts = [bnb.quantize_4bit(part, blocksize=NF4_BLOCK, quant_type="nf4") for part in pieces(weights)]
-        return torch.cat([packed for packed, _ in parts]), torch.cat([state.absmax for _, state in parts])
+        parts = [quantize_nf4_piece(part) for part in pieces(weights)]
+        return torch.cat([packed for packed, _ in parts]), torch.cat([absmax for _, absmax in parts])
+
+
+def quantize_nf4_piece(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`bitsandbytes.functional.quantize_4bit`, bit for bit; whole blocks on a CPU at several times its speed."""
+    if on_gpu(weights) or len(weights) % NF4_BLOCK:
+        packed, state = bnb.quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
+        return packed, state.absmax
+    blocks = weights.float().view(-1, NF4_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks.mul(1 / absmax.clamp(min=1e-38)[:, None]).clamp_(-1, 1).flatten()
+    upper = (scaled.view(torch.int32) >> 16).add_(2**15)
+    codes = LEAST_CODE.index_select(0, upper)
+    codes += (scaled > NEXT_ABOVE.index_select(0, upper)).view(torch.uint8)
+    pairs = codes.view(torch.int16)  # the first of two codes is the lower byte
+    return (pairs << 4 | pairs >> 8).to(torch.uint8)[:, None], absmax
+
+
+def nf4_tables() -> tuple[Tensor, Tensor]:
+    """For the upper 16 bits of a float32 the least nf4 code of all such numbers, and above which of them it is one more.
+
+    Two lookups find the nearest of 16 codes faster than a search among the 15 bounds between them.
+    """
+    code = bnb.get_4bit_type("nf4", device="cpu")
+    bounds = (code[:-1] + code[1:]) / 2
+    upper = torch.arange(-2**15, 2**15, dtype=torch.int32) << 16
+    ends = torch.bucketize(torch.stack([upper, upper | 0xFFFF]).view(torch.float32), bounds)
+    least = ends.amin(dim=0)
+    return least.to(torch.uint8), torch.where(ends[0] == ends[1], torch.inf, bounds[least.clamp(max=14)])
+
+
+LEAST_CODE, NEXT_ABOVE = nf4_tables()
 
 
 def quantize_int8(weight_RI: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +229,7 @@ def pieces(weights: Tensor) -> tuple[Tensor, ...]:
 
 @contextmanager
 def one_thread_on_cpu(weights: Tensor) -> Iterator[None]:
-    """Uses one thread on CPU: one quantizes 40 M weights/s, two only 18 M, because bitsandbytes' steps are so small."""
+    """Uses one thread on CPU: two are slower, because the steps of quantization are so small."""
     num_threads = torch.get_num_threads()
     if not on_gpu(weights):
         torch.set_num_threads(1)

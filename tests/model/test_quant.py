@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from bitsandbytes import functional as bnb
 
 from model import quant
-from model.quant import LINEARS
+from model.quant import LINEARS, quantize_nf4_piece
 
 CPU = torch.device("cpu")
 NUM_OUT, NUM_IN = 96, 200  # 200: blocks of 64 run through row ends
@@ -50,6 +50,21 @@ def test_nf4_rows_are_bitsandbytes_bits_double_quantized(cuts):
 def test_the_weight_comes_back(base, error):
     truth = weight().float()
     assert ((filled(base).dequantize() - truth).norm() / truth.norm()).item() < error
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_nf4_pieces_are_bitsandbytes_bits(dtype):
+    """Also where all of a block is 0, where one weight is huge, and for weights on the bounds between two codes."""
+    code = bnb.get_4bit_type("nf4", device="cpu")
+    bounds = (code[:-1] + code[1:]) / 2
+    edges = torch.cat([bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0)), code, -code,
+                       torch.ones(1), torch.zeros(2)])
+    weights = torch.cat([edges, torch.zeros(64), torch.randn(2**16) * 1e-3, torch.randn(2**16) * 10]).to(dtype)
+    weights[1000], weights[2000] = torch.finfo(dtype).max, -torch.finfo(dtype).tiny
+    for part in (weights[: len(weights) // 64 * 64], weights[:100], weights[64:128], -weights[: 64 * 1000]):
+        packed, absmax = quantize_nf4_piece(part)
+        expected, state = bnb.quantize_4bit(part, blocksize=64, quant_type="nf4")
+        assert torch.equal(packed, expected) and torch.equal(absmax, state.absmax)
 
 
 @pytest.mark.parametrize("num_in", (24, 32, 40, 64, 96))
