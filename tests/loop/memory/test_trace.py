@@ -90,7 +90,7 @@ def test_a_leak_into_a_global_list_is_named(traced):
 @pytest.mark.slow
 def test_a_forgotten_detach_is_named(traced):
     report, copy = traced({"model/stages.py": [
-        ("        return x_1TD\n\n    def run_layer", "        self.last = x_1TD\n        return x_1TD\n\n    def run_layer"),
+        ("        return x_1TD\n\n    def begin", "        self.last = x_1TD\n        return x_1TD\n\n    def begin"),
     ]})
     worst = report["survivors"][0]
     assert worst["count"] == 1 and worst["num_bytes"] >= 128 * 64 * 4
