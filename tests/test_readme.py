@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 def test_a_checkpoint_loads_in_the_lines_of_the_readme(finished_run, tmp_path, monkeypatch, capsys):
     (lines,) = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
                 if "from_pretrained" in block]
-    shutil.copytree(finished_run / "step-00000010", tmp_path / "checkpoints/demo/step-00000040")
+    shutil.copytree(finished_run / "step-00000010", tmp_path / "checkpoints/demo/step-00000032")
     monkeypatch.chdir(tmp_path)
     exec(compile(lines, "README.md", "exec"), {})
     asked, answer = capsys.readouterr().out.split("<|im_start|>assistant\n")

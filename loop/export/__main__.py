@@ -3,8 +3,8 @@ Costs what merging (model/merge.py) and the proof (proof.py) cost.
 
 python -m loop.export RUN_OR_CHECKPOINT OUT [--format merged] [--base-weights original|as-trained] [--dtype bf16|float32]
 python -m loop.export RUN_OR_CHECKPOINT OUT --format adapter [--for peft|vllm]
-python -m loop.export --verify OUT                     # whether it still does; say RUN OUT --verify where the run was moved too
-python -m loop.export RUN_OR_CHECKPOINT --prove URL    # whether a server gives the trained model's answers
+python -m loop.export --verify OUT                     # whether it still does; the run first, where that was moved as well
+python -m loop.export OUT --prove URL                  # whether a server gives the trained model's answers; takes a run as well
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "float32"), help="of merged weights (bf16)")
     parser.add_argument("--checkpoint", default="best", metavar="best|newest|N", help="of a run (best)")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="such as model.path=DIR")
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="prove once more what was exported to DIR")
+    parser.add_argument("--verify", type=Path, metavar="OUT", help="prove once more what was exported to OUT")
     parser.add_argument("--prove", metavar="URL", help="compare the answers of an OpenAI-compatible server with the model's")
     parser.add_argument("--rows", type=int, default=20, metavar="N", help="held-out rows that --prove asks (20)")
     parser.add_argument("--model", metavar="NAME", help="its name on the server, if that has several")
@@ -49,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"--for {args.loader} chooses the names of an adapter: add --format adapter")
     if args.format == "adapter" and (args.base_weights or args.dtype):
         raise ValueError("--base-weights and --dtype are for --format merged: an adapter is stored as trained, in float32")
-    wanted = 0 if args.verify else 1 if args.prove else 2
-    if (args.source is not None) + (args.out is not None) not in (wanted, wanted + bool(args.verify)):
-        raise ValueError("expected RUN_OR_CHECKPOINT OUT, RUN_OR_CHECKPOINT --prove URL, or --verify DIR; see --help")
+    num_given = sum(path is not None for path in (args.source, args.out))
+    if not (num_given < 2 if args.verify else num_given == (1 if args.prove else 2)):
+        raise ValueError("expected RUN_OR_CHECKPOINT OUT, or OUT --prove URL, or --verify OUT; see --help")
     return args
 
 
@@ -61,13 +61,17 @@ def main() -> None:
     from loop.export.write import Form
 
     if args.verify:
-        return verify(args)
-    if args.format == "adapter":
-        form = Form(args.loader or "peft")
+        trained, form = exported(args.verify, args.source, args.set)
+        proved(trained, form, args.verify)
+        return print(f"{args.verify} computes what {trained.path} was trained to")
+    if args.prove and (args.source / RECORD).is_file():
+        trained, form = exported(args.source, None, args.set)
     else:
         # adapters trained on nf4 make up for its rounding: on the published weights the demo's held-out loss was 1.60, not 1.49
         form = Form("merged", args.base_weights or "as-trained", args.dtype or "bf16")
-    trained = find_trained(args.source, args.checkpoint, args.set)
+        if args.format == "adapter":
+            form = Form(args.loader or "peft")
+        trained = find_trained(args.source, args.checkpoint, args.set)
     if args.prove:
         from loop.export.served import prove_server
 
@@ -76,41 +80,44 @@ def main() -> None:
 
 
 def export(trained: Trained, form: Form, out: Path) -> None:
+    """Writes, proves, and makes it appear."""
     from loop.export.write import appearing, needed_bytes, write
 
     with appearing(out, needed_bytes(trained, form)) as directory:
         write(trained, form, directory)
-        print(f"{trained.path} is written; it takes its name, {out}, once it is proved", flush=True)
+        print(f"{trained.path}: written, and appears as {out} once it is proved", flush=True)
         figures = proved(trained, form, directory)
         write_json(directory / RECORD, {
             "checkpoint": str(trained.path.resolve()), "adapter": read_json(trained.path / MANIFEST)[trained.adapter.name],
             "form": asdict(form), "figures": figures, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
     print(f"exported: {out}\n{advice(trained, form, out)}\n"
-          f"Then see whether it is served right: python -m loop.export {trained.path} --prove URL")
+          f"And when it is served, see whether it is served right: python -m loop.export {out} --prove URL")
 
 
-def verify(args: argparse.Namespace) -> None:
-    """Proves an exported directory once more, against the checkpoint that it was made from.
+def exported(directory: Path, source: Path | None, overrides: list[str]) -> tuple[Trained, Form]:
+    """What an exported directory was made from, and how.
+
+    Args:
+        source: where the run or the checkpoint is now, if it was moved.
 
     Raises:
-        ValueError: it is not what was exported, or the checkpoint is gone.
+        ValueError: this command did not write the directory, or the checkpoint is gone or another one.
     """
     from loop.export.trained import find_trained
     from loop.export.write import Form
 
-    file = args.verify / RECORD
+    file = directory / RECORD
     if not file.is_file():
         raise ValueError(f"{file}: no such file. Expected a directory that python -m loop.export has written")
     record = read_json(file)
     try:
-        form, path, known = Form(**record["form"]), Path(record["checkpoint"]), record["adapter"]
+        form, path, adapter = Form(**record["form"]), Path(record["checkpoint"]), record["adapter"]
     except (KeyError, TypeError):
         raise ValueError(f"{file}: expected what python -m loop.export writes, found {str(record)[:200]}") from None
-    trained = find_trained(args.source or path, path.name.removeprefix("step-"), args.set)
-    if read_json(trained.path / MANIFEST)[trained.adapter.name] != known:
-        raise ValueError(f"{trained.path}: holds another adapter than the one that {args.verify} was made from")
-    proved(trained, form, args.verify)
-    print(f"{args.verify} computes what {trained.path} was trained to")
+    trained = find_trained(source or path, path.name.removeprefix("step-"), overrides)
+    if read_json(trained.path / MANIFEST)[trained.adapter.name] != adapter:
+        raise ValueError(f"{trained.path}: holds another adapter than the one that {directory} was made from")
+    return trained, form
 
 
 def walk(trained: Trained, form: Form) -> Any:

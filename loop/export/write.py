@@ -49,15 +49,17 @@ def appearing(out: Path, num_bytes: int) -> Iterator[Path]:
     if out.exists():
         raise ValueError(f"{out}: is there already, and is not overwritten. Choose another directory")
     partial = partial_of(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{out}: another process writes it. Wait for it, or choose another directory") from None
     try:
         for leftover in partial.iterdir():
             leftover.unlink()
+        for leftover in out.parent.glob(f".{partial.name}-*"):  # what a killed proof had put on the disk
+            shutil.rmtree(leftover)
         free = shutil.disk_usage(partial).free
         if free < num_bytes + SPARE_BYTES:
             raise ValueError(f"{out}: takes {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Make room, or choose a "
@@ -72,6 +74,8 @@ def appearing(out: Path, num_bytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
 
 
 def needed_bytes(trained: Trained, form: Form) -> int:
@@ -120,8 +124,8 @@ def write_adapter(trained: Trained, for_vllm: bool, directory: Path) -> None:
     is_wrapped = any(name.endswith("ForConditionalGeneration") for name in config.get("architectures") or ())
     if not (for_vllm and is_wrapped):
         if for_vllm and lora.experts:
-            raise ValueError(f"{trained.model_dir}: vLLM takes an adapter of routed experts for ...ForConditionalGeneration, "
-                             f"and config.json names {config.get('architectures')}. Take --format merged")
+            raise ValueError(f"{trained.model_dir}: vLLM takes adapters of routed experts for a ...ForConditionalGeneration "
+                             f"only, and config.json names {config.get('architectures')}. Take --format merged")
         shutil.copyfile(trained.adapter, directory / ADAPTER)
         return
     inner, outer = f"{PEFT_PREFIX}model.", f"{PEFT_PREFIX}model.language_model."
