@@ -1,5 +1,5 @@
 """Proves that an exported directory computes what was trained, and renders the prompts that were trained on.
-Costs the model in transformers, in float32, as far as it fits the memory; the rest is read from the disk as it is needed.
+Costs the model in transformers, in float32; of a merged one, what does not fit the memory is read from the disk when needed.
 
 The trainer computes its side a few layers at a time (expected.py). transformers then runs the rows twice: as it is, and with
 the trainer's hidden states in front of each layer. The second run says which layer differs, and is exact also where a
@@ -114,7 +114,7 @@ def load(directory: Path, kind: str, offloaded: Path) -> Any:
     """The model in float32 as transformers and peft load it.
 
     Raises:
-        ValueError: peft finds no place for an adapter, or no adapter for a place.
+        ValueError: peft finds no place for an adapter, or no adapter for a place, or the base is too large for it.
     """
     placed: dict[str, Any] = {"device_map": "auto", "offload_folder": str(offloaded)}
     if kind == "merged":
@@ -128,10 +128,13 @@ def load(directory: Path, kind: str, offloaded: Path) -> Any:
         model = model_class.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False, **placed).float()
     else:
         model = model_class.from_pretrained(base, dtype=torch.float32, trust_remote_code=False, **placed)
+    if any(parameter.is_meta for parameter in model.parameters()):  # peft would lose the adapters of modules on the disk
+        raise ValueError(f"{base}: does not fit the memory in float32, as the proof of an adapter takes it. Take a larger "
+                         "machine, or take --format merged, which is proved layer by layer")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*(missing|unexpected).*adapter.*keys|.*adapter keys.*")
         try:
-            return PeftModel.from_pretrained(model, directory, offload_folder=str(offloaded))
+            return PeftModel.from_pretrained(model, directory)
         except UserWarning as warning:
             raise ValueError(f"{directory}: peft does not load every adapter: {' '.join(str(warning).split())[:300]}") from None
 
@@ -139,7 +142,8 @@ def load(directory: Path, kind: str, offloaded: Path) -> Any:
 @torch.no_grad()
 def run(model: Any, asked: list[Question]) -> Tensor:
     """Logits [N, V] of a model of transformers, one row at a time."""
-    rows = [model(input_ids=torch.tensor([question.ids], device=model.device)).logits[0, positions([question])].float().cpu()
+    device = "cpu" if model.device.type == "meta" else model.device  # meta: on the disk; accelerate moves what goes in
+    rows = [model(input_ids=torch.tensor([question.ids], device=device)).logits[0, positions([question])].float().cpu()
             for question in asked]
     logits_NV = torch.cat(rows)
     labels = torch.tensor([token for question in asked for token in question.ids[len(question.prompt):]])

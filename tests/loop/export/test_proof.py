@@ -3,8 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from loop import checkpoint
+from loop.export import expected, proof
 from loop.export.__main__ import proved
 from loop.export.trained import find_trained
 from loop.export.write import Form, write
@@ -104,3 +106,31 @@ def test_a_dropped_adapter_a_wrong_prefix_an_open_block_and_a_cut_shard_are_name
     with open(shard, "r+b") as file:
         file.truncate(shard.stat().st_size - 100)
     assert shard.name in refused(run, form, out)
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_fit_is_proved_from_the_disk_layer_by_layer(trained, tmp_path, monkeypatch):
+    """The trainer computes one layer at a time, transformers reads each module when it is its turn. peft cannot."""
+    run, placed = trained("qwen3_5_moe", "fused", "nf4", False), []
+
+    class Small(AutoModelForCausalLM):
+        @classmethod
+        def from_pretrained(cls, path, **settings):
+            del settings["trust_remote_code"]
+            model = AutoModelForCausalLM.from_pretrained(path, max_memory={"cpu": 10**5}, trust_remote_code=False,
+                                                         **settings)
+            placed.append(set(map(str, model.hf_device_map.values())))
+            return model
+
+    form = Form("merged", "as-trained", "bf16")
+    out = exported(run, tmp_path, form)
+    whole = proved(run, form, out)
+    monkeypatch.setattr(proof, "AutoModelForCausalLM", Small)
+    monkeypatch.setattr(expected, "PART_BYTES", 1)
+    parts = proved(run, form, out)
+    assert placed == [{"disk"}] and parts["worst layer"] < 1e-5
+    assert parts["loss exported"] == pytest.approx(whole["loss exported"], rel=1e-5)
+    assert parts["logits"] == pytest.approx(whole["logits"], abs=1e-5)
+    out.rename(tmp_path / "merged")
+    with pytest.raises(ValueError, match="does not fit the memory in float32.*take --format merged"):
+        proved(run, Form("peft"), exported(run, tmp_path, Form("peft")))
