@@ -106,6 +106,7 @@ case $command in
 
 What next:
   bash launch.sh review $run_dir                         is it any good? a blind review, and its verdict
+  bash launch.sh export $run_dir coach                   the model for others to serve, proved
   $run_dir/curves.png                                    the run's curves; metrics.jsonl has every number
   .venv/bin/python -m loop.inspect --config configs/demo.yaml    what was trained on, token by token
   bash launch.sh demo run=mine train.learning_rate=5e-4          the same with your settings

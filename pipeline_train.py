@@ -37,13 +37,13 @@ def main() -> None:
     ranks.on_main(lambda: prepare_directory(config, log.say))
     prove(config, model_dir, ranks, log.say)  # that what runs fast here computes right
 
-    batches, held_out = load_batches(config, model_dir, ranks)
+    batches, held_out, chat = load_batches(config, model_dir, ranks)
     ranks.split, costs = choose_split(config, model_dir, batches.rows, num_stages)
     log.say(table(costs, ranks.split, ranks.device.type, ranks.num_replicas))
     plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):
-        state = load_state(config, model_dir, batches, held_out, ranks, memory, log.say)
+        state = load_state(config, model_dir, batches, held_out, chat, ranks, memory, log.say)
         resume(config, state, ranks, log.say)
         log.say(headline(batches, state, ranks))
         forward_backward, forward_only = passes(state.stage, ranks, config.pipeline.schedule, log, memory)

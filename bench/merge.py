@@ -31,6 +31,7 @@ GB, BLOCK = 1e9, 8 * 2**20
 def measure(subject: str, base: Path, out: Path) -> dict[str, float]:
     import torch
 
+    from data.files import sync
     from model.config import LoraConfig
     from model.merge import AdapterFile, merge
 
@@ -45,6 +46,8 @@ def measure(subject: str, base: Path, out: Path) -> dict[str, float]:
     else:
         merge(base, out, AdapterFile(base.parent / "adapter_model.safetensors"), LoraConfig(8, 16, TARGETS, experts=True),
               as_trained=None if subject == "original" else subject, dtype=torch.bfloat16)
+        for file in out.iterdir():
+            sync(file)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -8,10 +8,12 @@ import re
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Iterator, Literal, NamedTuple
+from typing import Iterator, Literal, NamedTuple, Sequence, TypeVar
 
 from data.files import open_regular
 from data.limits import MAX_RENDERED, MAX_ROW_BYTES, MAX_TURNS, bounded_lines
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,24 @@ def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterato
                     yield Dropped(line, source, "source not in data.sources", f"metadata.source is {source!r}", bad=False)
             except BadRow as bad:
                 yield Dropped(line, source, bad.reason, bad.detail, bad=True)
+
+
+def one_answer_rows(path: str | Path, sources: tuple[str, ...], think: str) -> list[Row]:
+    """The rows of one question and one answer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = [row for row in read_rows(path, sources, think) if isinstance(row, Row) and len(row.turns) == 1]
+    if not rows:
+        raise ValueError(f"{path}: no row of one question and one answer from {', '.join(sources)}")
+    return rows
+
+
+def evenly(items: Sequence[Item], number: int) -> list[Item]:
+    """At most so many of the items, evenly spread over all of them."""
+    number = min(number, len(items))
+    return [items[i * len(items) // number] for i in range(number)]
 
 
 def open_rows(path: str | Path) -> BufferedReader:

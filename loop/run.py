@@ -1,11 +1,13 @@
 """What both entry points do before and after training: ranks, the run's directory, its rows, this rank's model.
+A run that is there already is found by `find_trained`.
 Costs the model's weights, its adapters and their optimizer states, and 5 bytes a token of the rows."""
 
 from __future__ import annotations
 
 import fcntl
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, TextIO
+from typing import Any, Callable, Sequence, TextIO
 
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -15,7 +17,8 @@ from data.chat import ChatFormat
 from data.files import open_regular, sync
 from data.template import tokenizer_files
 from data.tokenized import TokenizedRows, load_rows
-from loop.config import Config
+from loop import checkpoint
+from loop.config import Config, load_config
 from loop.distributed.groups import Ranks
 from loop.distributed.preflight import SHAPES
 from loop.errors import record_exit, record_exits_in
@@ -29,6 +32,7 @@ from model.build import build_empty
 from model.moe.usage import start_counting
 from model.weights.fetch import from_cache, model_directory
 from model.weights.header import parse_json_object
+from model.weights.identity import quick_identity
 
 TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
                    "chat_template.jinja", "generation_config.json")
@@ -131,23 +135,75 @@ def check_text(data: bytes, file: Path) -> None:
         raise ValueError(f"{file}: {found}; download the file again") from None
 
 
-def load_batches(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Batches, Batches]:
-    """This rank's share of each step, of the training rows and of the held-out rows. Only rank 0 reads and tokenizes."""
+def run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+    """A run's own configuration.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        runs = ", ".join(str(file.parent) for file in sorted(Path("checkpoints").glob("*/config.yaml"))) or "none"
+        raise ValueError(f"{run_dir}: no run there. Expected the directory of a run; those in checkpoints: {runs}")
+    return load_config(run_dir / "config.yaml", list(overrides))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a run, and the model and tokenizer that the run began with."""
+
+    path: Path
+    config: Config
+    model_dir: Path
+    identity: str  # of the base model, see model/weights/identity.py
+    chat: ChatFormat
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / checkpoint.ADAPTER
+
+
+def find_trained(source: Path, which: str, overrides: Sequence[str] = ()) -> Trained:
+    """Finds a checkpoint that verifies, and the base model that it was trained on.
+
+    Args:
+        source: the directory of a run or of one of its checkpoints.
+        which: of a run's checkpoints: best, newest, or the number of a step.
+        overrides: settings that are others here, such as model.path=DIR.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or the base model is another one now.
+    """
+    if (source / checkpoint.MANIFEST).is_file():
+        source, which = source.resolve().parent, source.resolve().name.removeprefix("step-")
+    config = run_config(source, overrides)
+    path = checkpoint.find_checkpoint(source, which)
+    model_dir = model_directory(config.model.path)
+    known, found = checkpoint.read_json(path / checkpoint.STATE)["settings"].get("base model"), quick_identity(model_dir)
+    if known not in (None, found):
+        raise ValueError(f"{config.model.path}: another model than the one that {path} was trained on ({found}, expected "
+                         f"{known}). Name that one with --set model.path=DIR")
+    return Trained(path, config, model_dir, found, ChatFormat(load_tokenizer(model_dir), config.data.think))
+
+
+def load_batches(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Batches, Batches, ChatFormat | None]:
+    """This rank's share of each step, of the training rows and of the held-out rows; on rank 0 also what has rendered them.
+    Only rank 0 reads and tokenizes."""
+    chat = ranks.on_main(lambda: ChatFormat(load_tokenizer(model_dir), config.data.think))
 
     def prepare() -> list[dict[str, Tensor]]:
-        tokenizer = load_tokenizer(model_dir)
+        assert chat is not None
         cache = config.run_dir / "data"
-        return [load_rows(split, tokenizer, config.data, cache).to_tensors() for split in ("train", "eval")]
+        return [load_rows(split, chat.tokenizer, config.data, cache).to_tensors() for split in ("train", "eval")]
 
     prepared = ranks.on_main(prepare)
     train, held_out = [TokenizedRows.from_tensors(ranks.broadcast_tensors(tensors)) for tensors in prepared or (None, None)]
     shares = (config.train.rows_per_step, config.train.microbatch_tokens, ranks.replica, ranks.num_replicas)
-    return Batches(train, *shares), Batches(held_out, *shares)
+    return Batches(train, *shares), Batches(held_out, *shares), chat
 
 
 def load_state(
-    config: Config, model_dir: Path, batches: Batches, held_out: Batches, ranks: Ranks, memory: Memory,
-    say: Callable[[str], None],
+    config: Config, model_dir: Path, batches: Batches, held_out: Batches, chat: ChatFormat | None, ranks: Ranks,
+    memory: Memory, say: Callable[[str], None],
 ) -> State:
     """Builds this rank's stage of the model, reads its weights, and makes the optimizer of its adapters.
 
@@ -156,7 +212,6 @@ def load_state(
     """
     settings: Course = ranks.on_main(lambda: course(config, model_dir, batches.rows, held_out.rows)) or {}
     newest = ranks.on_main(lambda: newest_checkpoint(config, settings, say))
-    chat = ranks.on_main(lambda: ChatFormat(load_tokenizer(model_dir), config.data.think))
     files = ranks.on_main(lambda: tokenizer_files(chat) if chat else {}) or {}
     with memory.during("build"):
         stage, weights = build_empty(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.chat import ChatFormat
+from data.records import evenly
 from data.tokenized import TokenizedRows
 from model.decode.generate import generate
 from model.stages import Stage
@@ -21,8 +22,7 @@ def samples(stage: Stage, rows: TokenizedRows, number: int, step: int, chat: Cha
     Args:
         stage: a stage that holds the whole model.
     """
-    number = min(number, len(rows))
-    chosen = [i * len(rows) // number for i in range(number)]
+    chosen = evenly(range(len(rows)), number)
     prompts, references = [], []
     for index in chosen:
         ids, supervised = (values.tolist() for values in rows.example(index))

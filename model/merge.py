@@ -26,7 +26,7 @@ from model.quant import FrozenLinear
 from model.stages import Stage
 from model.weights.checkpoint_files import FP8, IGNORED, READ_AS, Checkpoint, json_file
 from model.weights.shards import EXPERT_TENSOR, HEAD, Experts, Weight, stream, wanted_bytes
-from model.weights.writer import INDEX, ShardWriter, as_json, write_synced
+from model.weights.writer import INDEX, ShardWriter, as_json
 
 # R rows of a matrix, O output features, I input features or intermediate size, D hidden size, K rank
 
@@ -67,7 +67,7 @@ def merge(model_dir: Path, out: Path, adapter: Mapping[str, Tensor], lora: LoraC
 
     Args:
         out: an existing, empty directory. It gets shards of at most 5 GB, their index where there are several, config.json
-            and the base's other settings, all synced.
+            and the base's other settings; who makes the directory appear syncs them.
         adapter: by peft's names; an `AdapterFile` where it is large.
         as_trained: None to merge into W as published, or a key of `quant.LINEARS`: to merge into what W dequantizes to (here,
             on the CPU) in a model with that base. All linears and experts are then dequantized, adapted or not.
@@ -89,7 +89,6 @@ def merge(model_dir: Path, out: Path, adapter: Mapping[str, Tensor], lora: LoraC
         with merging.threads():
             stream(checkpoint, wanted, tied=weights.tied,
                    progress=(lambda num_bytes: progress(num_bytes, total)) if progress else None)
-        merging.writer.sync()
         write_settings(model_dir, out, dtype)
     except OSError as error:  # a full disk names no file
         raise ValueError(f"{out}: could not be written ({error})") from error
@@ -224,8 +223,8 @@ def write_settings(model_dir: Path, out: Path, dtype: torch.dtype) -> None:
         if isinstance(part, dict):
             part.pop("quantization_config", None)
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = str(dtype).removeprefix("torch.")
-    write_synced(out / "config.json", as_json(config))
+    (out / "config.json").write_bytes(as_json(config))
     for file in model_dir.iterdir():
         is_settings = file.suffix in SETTINGS and file.name not in NOT_COPIED
         if file.is_file() and (is_settings or file.name.startswith(("LICENSE", "NOTICE"))):
-            write_synced(out / file.name, file.read_bytes())
+            (out / file.name).write_bytes(file.read_bytes())

@@ -20,8 +20,8 @@ from loop.checkpoint import MANIFEST, read_json, write_json
 from loop.errors import run_command
 
 if TYPE_CHECKING:
-    from loop.export.trained import Trained
     from loop.export.write import Form
+    from loop.run import Trained
 
 RECORD = "export.json"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as --max-lora-rank
@@ -57,8 +57,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from loop.export.trained import find_trained
     from loop.export.write import Form
+    from loop.run import find_trained
 
     if args.verify:
         trained, form = exported(args.verify, args.source, args.set)
@@ -68,9 +68,8 @@ def main() -> None:
         trained, form = exported(args.source, None, args.set)
     else:
         # adapters trained on nf4 make up for its rounding: on the published weights the demo's held-out loss was 1.60, not 1.49
-        form = Form("merged", args.base_weights or "as-trained", args.dtype or "bf16")
-        if args.format == "adapter":
-            form = Form(args.loader or "peft")
+        form = (Form(args.loader or "peft") if args.format == "adapter" else
+                Form("merged", args.base_weights or "as-trained", args.dtype or "bf16"))
         trained = find_trained(args.source, args.checkpoint, args.set)
     if args.prove:
         from loop.export.served import prove_server
@@ -103,8 +102,8 @@ def exported(directory: Path, source: Path | None, overrides: list[str]) -> tupl
     Raises:
         ValueError: this command did not write the directory, or the checkpoint is gone or another one.
     """
-    from loop.export.trained import find_trained
     from loop.export.write import Form
+    from loop.run import find_trained
 
     file = directory / RECORD
     if not file.is_file():

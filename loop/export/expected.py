@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.chat import ChatFormat
-from data.records import Row, read_rows
+from data.records import Row, evenly, read_rows
+from data.template import PASSED
 from loop.config import Config
 from loop.state import load_adapters
 from model.build import build, text_config
@@ -60,14 +61,14 @@ def questions(config: Config, chat: ChatFormat) -> list[Question]:
     """
     path = config.data.eval
     rows = [row for row in read_rows(path, config.data.sources, config.data.think) if isinstance(row, Row)]
-    rows = [rows[i * len(rows) // CANDIDATES] for i in range(CANDIDATES)] if len(rows) > CANDIDATES else rows
+    rows = evenly(rows, CANDIDATES)
     found: list[Question] = []
     for row, examples in zip(rows, chat.examples(rows)):
         if isinstance(examples, list):
             ids, first = examples[0].ids, examples[0].supervised.index(True)
             before = next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-            off, on = {"enable_thinking": False}, {"enable_thinking": True}
-            passed = [off, on, {}] if chat.think == "strip" else [on, {}] if row.turns[0].thought is not None else [off]
+            off, *on = PASSED
+            passed = list(PASSED) if chat.think == "strip" else on if row.turns[0].thought is not None else [off]
             found.append(Question(list(row.messages[:before]), passed, ids[:first], ids[: first + NUM_POSITIONS]))
     found.sort(key=lambda question: len(question.ids))
     taken: list[Question] = []

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.chat import OPEN_BLOCK, ChatFormat
-from data.records import Row, read_rows, thought_and_answer
+from data.records import Row, evenly, one_answer_rows, thought_and_answer
 from loop.config import Config
 from loop.export.expected import Walk
 from loop.samples import MAX_TOKENS
@@ -120,19 +120,9 @@ def conclusion(url: str, verdicts: list[str]) -> str:
 
 
 def held_out_rows(config: Config, num_rows: int) -> list[Row]:
-    """Evenly spread rows of one question and one answer; of those with a thought, if the model was trained to think.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = config.data.eval
-    rows = [row for row in read_rows(path, config.data.sources, config.data.think)
-            if isinstance(row, Row) and len(row.turns) == 1]
-    rows = [row for row in rows if row.turns[0].thought is not None] or rows
-    if not rows:
-        raise ValueError(f"{path}: no row of one question and one answer from {', '.join(config.data.sources)}")
-    num_rows = min(num_rows, len(rows))
-    return [rows[index * len(rows) // num_rows] for index in range(num_rows)]
+    """Evenly spread rows of one question and one answer; of those with a thought, if the model was trained to think."""
+    rows = one_answer_rows(config.data.eval, config.data.sources, config.data.think)
+    return evenly([row for row in rows if row.turns[0].thought is not None] or rows, num_rows)
 
 
 @torch.no_grad()

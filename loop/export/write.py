@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data.files import make_readable, partial_of, sync
 from data.template import FILES, write_tokenizer
 from loop.checkpoint import ADAPTER, ADAPTER_CONFIG, write_json
-from loop.export.trained import Trained
+from loop.run import Trained
 from model.config import base_name
 from model.lora import PEFT_PREFIX, peft_config
 from model.merge import AdapterFile, merge, merged_bytes

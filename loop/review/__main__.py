@@ -15,7 +15,6 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loop.config import Config, load_config
 from loop.errors import run_command
 
 if TYPE_CHECKING:
@@ -51,18 +50,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def config_of(run_dir: Path, overrides: list[str]) -> Config:
-    """A run's own configuration.
-
-    Raises:
-        ValueError: there is no run.
-    """
-    if not (run_dir / "config.yaml").is_file():
-        runs = ", ".join(str(file.parent) for file in sorted(Path("checkpoints").glob("*/config.yaml"))) or "none"
-        raise ValueError(f"{run_dir}: no run there. Expected the directory of a run; those in checkpoints: {runs}")
-    return load_config(run_dir / "config.yaml", overrides)
-
-
 def main() -> None:
     args = parse_arguments()
     try:
@@ -75,9 +62,10 @@ def main() -> None:
     if args.verify:
         return verify(args.run_dir, args.second)
     from loop.review.pairs import begin, directory_of
+    from loop.run import run_config
 
     directory = directory_of(args.run_dir, args.second)
-    config = config_of(args.run_dir, args.set)
+    config = run_config(args.run_dir, args.set)
     begin(directory, config.review)
     shared = directory_of(args.run_dir)  # holds the answers, of which every review of the run uses some
     shared.mkdir(exist_ok=True)
@@ -95,7 +83,7 @@ def prepare(args: argparse.Namespace, directory: Path) -> Review:
     from loop.review.pairs import open_review
 
     run_dirs = [args.run_dir, *filter(None, [args.second])]
-    sources = [Source(run_dir, config_of(run_dir, args.set), args.checkpoint) for run_dir in run_dirs]
+    sources = [Source(run_dir, args.checkpoint, args.set) for run_dir in run_dirs]
     write_review(directory, sources, args.rows, args.max_tokens)
     return open_review(args.run_dir, args.second)
 

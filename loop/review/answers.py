@@ -8,28 +8,24 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from tqdm import tqdm
 
-from data.chat import ChatFormat
 from data.files import write_text
-from data.records import Row, open_rows, read_rows
+from data.records import Row, evenly, one_answer_rows, open_rows, read_rows
 from loop import checkpoint
-from loop.checkpoint import find_checkpoint
 from loop.config import Config
 from loop.review.checks import normalized, position_of, without_thought
 from loop.review.engine import NODES, Stockfish, find_stockfish, left_out
 from loop.review.lines import append_line, read_lines
 from loop.review.pairs import REVIEW, VOTES, directory_of
-from loop.run import load_tokenizer
+from loop.run import find_trained
 from loop.state import load_adapters
 from model.build import build
 from model.decode.generate import Answer, generate
 from model.lora import adapters_off
-from model.weights.fetch import model_directory
-from model.weights.identity import quick_identity
 
 ANSWERS, ENGINE = "answers.jsonl", "engine.jsonl"
 
@@ -49,11 +45,10 @@ class HeldOut:
 class Source:
     """A run that is reviewed: its checkpoint, its model's directory and how it writes prompts."""
 
-    def __init__(self, run_dir: Path, config: Config, which: str) -> None:
-        self.run_dir, self.config, self.path = run_dir, config, find_checkpoint(run_dir, which)
-        self.model_dir = model_directory(config.model.path)
-        self.chat = ChatFormat(load_tokenizer(self.model_dir), config.data.think)
-        self.identity = quick_identity(self.model_dir)
+    def __init__(self, run_dir: Path, which: str, overrides: Sequence[str] = ()) -> None:
+        trained = find_trained(run_dir, which, overrides)
+        self.run_dir, self.config, self.path, self.chat = run_dir, trained.config, trained.path, trained.chat
+        self.model_dir, self.identity = trained.model_dir, trained.identity
         self.adapter = checkpoint.read_json(self.path / checkpoint.MANIFEST)[checkpoint.ADAPTER]["sha256"]
 
     def prompt(self, row: Row) -> list[int]:
@@ -81,19 +76,15 @@ def held_out_rows(config: Config, num_rows: int) -> list[HeldOut]:
         ValueError: there is none.
     """
     path = config.data.eval
-    rows = [row for row in read_rows(path, config.data.sources, config.data.think)
-            if isinstance(row, Row) and len(row.turns) == 1]
+    rows = one_answer_rows(path, config.data.sources, config.data.think)
     with open_rows(path) as file:
         lines = file.read().split(b"\n")
     found = [HeldOut(row, json.loads(lines[row.line - 1].decode("utf-8-sig"))) for row in rows]
     found = [row for row in found if position_of(row.raw)[0] is not None] or found
-    if not found:
-        raise ValueError(f"{path}: no row of one question and one answer from {', '.join(config.data.sources)}")
     if len(found) < num_rows:
         print(f"{path}: {len(found)} of {len(lines) - (not lines[-1])} rows are compared, those of one question and one answer "
               f"from {', '.join(config.data.sources)}" + (", with a position" if position_of(found[0].raw)[0] else ""))
-        num_rows = len(found)
-    return [found[index * len(found) // num_rows] for index in range(num_rows)]
+    return evenly(found, num_rows)
 
 
 def write_review(directory: Path, sources: list[Source], num_rows: int, max_tokens: int | None) -> None:

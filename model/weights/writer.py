@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ class ShardWriter:
         if len(shards) > 1:
             index = {"metadata": {"total_size": self.total_bytes},
                      "weight_map": {name: file.name for name, (file, _) in self.places.items()}}
-            write_synced(directory / INDEX, as_json(index))
+            (directory / INDEX).write_bytes(as_json(index))
 
     def write(self, name: str, first: int, values: Tensor) -> None:
         """Writes values from the tensor's number `first` on, counted as if it were flat; they have its dtype."""
@@ -56,12 +55,6 @@ class ShardWriter:
         with open(file, "r+b") as opened:
             opened.seek(offset + first * values.itemsize)
             opened.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-    def sync(self) -> None:
-        """Waits until the disk has the shards."""
-        for file in self.files:
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
 
 
 def write_header(file: Path, tensors: dict[str, Any]) -> int:
@@ -77,10 +70,3 @@ def write_header(file: Path, tensors: dict[str, Any]) -> int:
 
 def as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def write_synced(file: Path, data: bytes) -> None:
-    with open(file, "wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())

@@ -15,7 +15,7 @@ from data.template import FILES
 from loop import checkpoint
 from loop.export import __main__ as export
 from loop.export import write
-from loop.export.trained import Trained
+from loop.run import Trained
 from model.config import LoraConfig
 from model.tiny.write import write_tiny
 
@@ -178,7 +178,7 @@ def test_vllm_is_given_no_experts_that_it_would_not_find(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["Qwen3_5MoeForCausalLM"]}')
     config = SimpleNamespace(lora=LoraConfig(4, 8, ("q_proj",), experts=True), model=SimpleNamespace(path=str(tmp_path)))
     with pytest.raises(ValueError, match="routed experts for a ...ForConditionalGeneration only.*Take --format merged"):
-        write.write_adapter(Trained(tmp_path, config, tmp_path, None), for_vllm=True, directory=tmp_path)
+        write.write_adapter(Trained(tmp_path, config, tmp_path, "", None), for_vllm=True, directory=tmp_path)
 
 
 @pytest.mark.parametrize("arguments, problem", [
@@ -187,7 +187,7 @@ def test_vllm_is_given_no_experts_that_it_would_not_find(tmp_path):
     (["run", "out", "--for", "vllm"], "--for vllm chooses the names of an adapter: add --format adapter"),
     (["run", "out", "--format", "adapter", "--dtype", "bf16"], "are for --format merged"),
     (["run", "--prove", "URL", "--rows", "0"], "--rows is 0, expected at least 1"),
-    (["nowhere", "out"], "nowhere/config.yaml: No such file"),
+    (["nowhere", "out"], "nowhere: no run there"),
     (["--verify", "nowhere"], "nowhere/export.json: no such file"),
 ])
 def test_mistakes_are_named(command, arguments, problem, tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from loop import checkpoint
 from loop.export import expected, proof
 from loop.export.__main__ import proved
-from loop.export.trained import find_trained
 from loop.export.write import Form, write
+from loop.run import find_trained
 from model.tiny.write import write_tiny
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

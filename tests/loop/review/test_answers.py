@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from loop.checkpoint import find_checkpoint
 from loop.config import load_config
-from loop.review.__main__ import config_of, parse_arguments
-from loop.review.answers import ANSWERS, HeldOut, Source, asked_engine, find_checkpoint, held_out_rows, write_review
+from loop.review.__main__ import parse_arguments
+from loop.review.answers import ANSWERS, HeldOut, Source, asked_engine, held_out_rows, write_review
 from loop.review.checks import BOARD_CHECKS
 from loop.review.engine import find_stockfish
 from loop.review.lines import read_lines
 from loop.review.pairs import begin, directory_of, open_review, shuffled
+from loop.run import run_config
 from tests.loop.review.made import ROOT, Served
 from tests.loop.review.made import comment as made_comment
 from tests.loop.review.made import row as made_row
@@ -31,7 +33,7 @@ def source(finished_run, tmp_path):
     shutil.copytree(finished_run, run_dir)
     config = load_config(run_dir / "config.yaml")
     begin(run_dir / "review", config.review)
-    return Source(run_dir, config, "best")
+    return Source(run_dir, "best")
 
 
 def test_answers_are_written_once_and_the_rest_after_a_kill(source, capfd):
@@ -79,7 +81,7 @@ def test_votes_and_verdict_stay_whatever_is_reviewed_next(source):
 
 
 def test_another_checkpoint_is_another_key(source):
-    other = Source(source.run_dir, source.config, "newest")
+    other = Source(source.run_dir, "newest")
     other.adapter = "0" * 64
     assert source.key([1, 2], 9, tuned=True) != other.key([1, 2], 9, tuned=True)
     assert source.key([1, 2], 9, tuned=False) == other.key([1, 2], 9, tuned=False)
@@ -151,8 +153,8 @@ def test_wrong_runs_are_named(source, tmp_path, monkeypatch):
     run_dir = Path("checkpoints/tiny")
     for wrong in (Path("checkpoints"), Path("nope"), source.path):
         with pytest.raises(ValueError, match=f"{wrong}: no run there. .*; those in checkpoints: checkpoints/tiny$"):
-            config_of(wrong, [])
-    assert config_of(run_dir, ["run=other"]).run == "other"
+            run_config(wrong, [])
+    assert run_config(run_dir, ["run=other"]).run == "other"
     monkeypatch.setattr("sys.argv", ["loop.review", "checkpoints/tiny", "checkpoints/../checkpoints/tiny/"])
     with pytest.raises(ValueError, match="RUN and RUN2 are both checkpoints/tiny"):
         parse_arguments()

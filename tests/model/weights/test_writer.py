@@ -21,7 +21,6 @@ def test_values_written_in_any_order_are_read_in_the_order_of_the_tensors(tmp_pa
     writer.write("b", 8, tensors["b"][2:])
     writer.write("b", 0, tensors["b"][:2])
     writer.write("scalar", 0, tensors["scalar"])
-    writer.sync()
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     assert writer.total_bytes == 6 * 4 * 2 + 3 * 4 + 4 == sum(t.nbytes for t in tensors.values())
     found = load_file(tmp_path / "model.safetensors")
