@@ -136,6 +136,7 @@ def proved(trained: Trained, form: Form, directory: Path) -> dict[str, float]:
     from loop.export.proof import prove
 
     figures = prove(walk(trained, form), questions(trained.config, trained.chat), directory, form.kind)
+    print("proved on held-out rows; differences from the trainer are relative, losses those of an answer's first tokens:")
     for name, value in figures.items():
         print(f"  {name:<50}{value:>10.3g}")
     return figures
