@@ -7,9 +7,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Iterator
 
+import torch
 from torch import Tensor
 
 PLANNED: list[str] = []  # the device type that a plan is made for; empty while there is no plan
+CARD: list[int | None] = []  # beside it the generation of the card, as of `generation`
 OFF: set[str] = set()  # fast paths that this process does not take, by their names in loop/paths.py
 
 
@@ -18,14 +20,28 @@ def on_gpu(tensor: Tensor) -> bool:
     return PLANNED[-1] == "cuda" if PLANNED else tensor.is_cuda
 
 
+def generation(tensor: Tensor) -> int | None:
+    """The first number of the compute capability of the tensor's card, or of the card planned for: 9 Hopper, 10 data-center
+    Blackwell, 12 RTX 50; None on a CPU, and where the card of a plan is not known."""
+    if PLANNED:
+        return CARD[-1]
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else None
+
+
 @contextmanager
-def planning_for(device_type: str) -> Iterator[None]:
-    """While the context lasts, tensors take the code path of `device_type`, whatever their own device is."""
+def planning_for(device_type: str, card: int | None = None) -> Iterator[None]:
+    """While the context lasts, tensors take the code path of `device_type`, whatever their own device is.
+
+    Args:
+        card: the card's generation, as of `generation`.
+    """
     PLANNED.append(device_type)
+    CARD.append(card)
     try:
         yield
     finally:
         PLANNED.pop()
+        CARD.pop()
 
 
 @contextmanager
