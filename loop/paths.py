@@ -21,7 +21,7 @@ from model import delta_rule
 from model.build import text_config
 from model.devices import OFF, without
 from model.lora import product_in_float32
-from model.mixers import Segments, packed_attention
+from model.mixers import Segments, stream_attention
 from model.moe.expert_weights import MATRICES
 from model.moe.experts import grouped_matmul, has_grouped_kernel
 from model.moe.routing import Group
@@ -92,7 +92,7 @@ def three_segments(num_tokens: int, device: torch.device) -> Segments:
 def attention(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     q, k, v = (random(1, s.tokens, heads, s.head_size, dtype=dtype, device=device, seed=i).transpose(1, 2).requires_grad_()
                for i, heads in enumerate((s.heads, s.kv_heads, s.kv_heads)))
-    o = packed_attention(None, q, k, v, None, s.head_size**-0.5, three_segments(s.tokens, device))[0]
+    o = stream_attention(q, k, v, s.head_size**-0.5, three_segments(s.tokens, device))
     return [o, *torch.autograd.grad(o, (q, k, v), random(*o.shape, dtype=dtype, device=device, seed=3))]
 
 

@@ -16,7 +16,6 @@ from model.architectures import LINEARS as SUPPORTED
 from model.architectures import read_config
 from model.config import LoraConfig, check_keep_layers, check_targets
 from model.lora import add_adapters
-from model.mixers import PACKED
 from model.moe.experts import FrozenExperts
 from model.ops.fused import fuse
 from model.quant import LINEARS, FrozenLinear
@@ -115,8 +114,7 @@ def skeleton(model_dir: Path, base: str) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, attn_implementation=PACKED, dtype=torch.float32 if base == "float32" else torch.bfloat16,
-                trust_remote_code=False)
+                config, dtype=torch.float32 if base == "float32" else torch.bfloat16, trust_remote_code=False)
     except Exception as error:  # an unknown hidden_act is a KeyError, an unknown rope_type an AttributeError, and so on
         raise ValueError(
             f"{config_file(model_dir)}: transformers cannot build the model: {one_line(error)}"

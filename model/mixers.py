@@ -12,13 +12,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
 
 from model.devices import OFF, on_gpu
 
 # T tokens of the stream, R segments, H query heads, G key/value heads, E head size
-
-PACKED = "packed"  # the name by which build.py asks transformers for `packed_attention`
 
 
 class Memory(Protocol):
@@ -48,23 +45,9 @@ class Segments:
         return self.cu_seqlens_R1.long(), torch.tensor([0, *accumulate(self.lengths)])
 
 
-def packed_attention(
-    module: Any, q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, attention_mask: None,
-    scaling: float, segments: Segments, **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each segment; called by transformers' attention modules.
-
-    Returns:
-        Output [1, T, H, E], and None in place of the attention weights.
-    """
-    if segments.memory is not None:
-        return segments.memory.attention(module.layer_idx, q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
-    return stream_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments), None
-
-
 def stream_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, segments: Segments) -> Tensor:
-    """On a GPU in half precision one call of flash attention for the whole stream (the fast path "attention"), else one call
-    for each segment: [1, T, H, E]."""
+    """Causal attention within each segment: [1, T, H, E]. On a GPU in half precision one call of flash attention for the whole
+    stream (the fast path "attention"), else one call for each segment."""
     if on_gpu(q_1HTE) and q_1HTE.dtype != torch.float32 and "attention" not in OFF:
         return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments)
     return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths)
@@ -98,6 +81,3 @@ def varlen_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: fl
     longest, cu = max(segments.lengths), segments.cu_seqlens_R1
     output_THE: Any = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **groups)
     return output_THE[None]
-
-
-AttentionInterface.register(PACKED, packed_attention)

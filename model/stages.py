@@ -84,7 +84,7 @@ def decoder_layer(
         if hasattr(layer, "linear_attn"):
             h_1TD = packed_delta_rule(layer.linear_attn, h_1TD, segments)
         else:
-            h_1TD, _ = layer.self_attn(h_1TD, position_embeddings=rotary, attention_mask=None, segments=segments)
+            h_1TD = layer.self_attn(h_1TD, rotary, segments)
         x_1TD = x_1TD + h_1TD
     if feed_forward:
         x_1TD = x_1TD + layer.mlp(layer.post_attention_layernorm(x_1TD))

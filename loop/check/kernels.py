@@ -16,7 +16,7 @@ from loop.optim import make_optimizer
 from loop.paths import PATHS, Sizes, compare, random, relative, taken, three_segments
 from model import delta_rule
 from model.lora import product_in_float32
-from model.mixers import packed_attention
+from model.mixers import stream_attention
 from model.moe.experts import grouped_matmul
 from model.moe.routing import Group
 from model.ops.gated_delta import CHUNK
@@ -94,7 +94,7 @@ def attention(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Calla
                for i, heads in enumerate((s.heads, s.kv_heads, s.kv_heads)))
     segments = three_segments(s.tokens, device)
     pairs = sum(length**2 for length in segments.lengths) / 2
-    return (lambda: packed_attention(None, q, k, v, None, s.head_size**-0.5, segments), 4 * pairs * s.heads * s.head_size,
+    return (lambda: stream_attention(q, k, v, s.head_size**-0.5, segments), 4 * pairs * s.heads * s.head_size,
             q.nbytes * 2 + k.nbytes * 2)
 
 

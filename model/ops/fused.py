@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import ATTENTIONS, GATED_ATTENTIONS, Attention
+
 # X any leading dimensions, D features, I features inside the feed-forward
 
 NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm")  # weight * (x / rms(x))
@@ -146,16 +148,20 @@ class SwiGlu(torch.autograd.Function):
 
 
 def fuse(model: nn.Module) -> None:
-    """Replaces transformers' norms and feed-forwards by the modules above, with the same names and the same children.
+    """Replaces transformers' norms, feed-forwards and attention by modules with the same names and the same children.
 
     Raises:
-        RuntimeError: none of the model's norms is known here; transformers may have renamed its class.
+        RuntimeError: no norm of the model is known here, or its attention is not; transformers may have renamed the class.
     """
     num_norms = 0
     for name, module in list(model.named_modules()):
         kind, (parent, _, last) = type(module).__name__, name.rpartition(".")
         if kind in FEED_FORWARDS and module.config.hidden_act == "silu":
             setattr(model.get_submodule(parent), last, FusedFeedForward(module))
+        if last == "self_attn":
+            if kind not in ATTENTIONS + GATED_ATTENTIONS:
+                raise RuntimeError(f"{name} is a {kind}, which is not known: add it to ATTENTIONS in model/attention.py")
+            setattr(model.get_submodule(parent), last, Attention(module))
         for kinds, fused in ((NORMS, FusedNorm), (CENTERED_NORMS, FusedCenteredNorm), (GATED_NORMS, FusedGatedNorm)):
             if kind in kinds:
                 setattr(model.get_submodule(parent), last, fused(module))
