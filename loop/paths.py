@@ -20,7 +20,7 @@ from loop.optim import make_optimizer
 from model import delta_rule
 from model.build import text_config
 from model.devices import OFF, without
-from model.lora import product_in_float32
+from model.matmul import product_in_float32
 from model.mixers import Segments, stream_attention
 from model.moe.expert_weights import MATRICES
 from model.moe.experts import grouped_matmul, has_grouped_kernel

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.matmul import project
 from model.mixers import Segments, stream_attention
 
 # T tokens of the stream, D hidden size, H query heads, G key/value heads, E head size, S of it rotated, X heads side by side
@@ -39,7 +40,7 @@ class Attention(nn.Module):
 
     def forward(self, x_1TD: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         """The output [1, T, D] from normed hidden states and the rotary tables, cosines and sines [1, T, S]."""
-        q, k, v = (linear(x_1TD) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = project(x_1TD, self.q_proj, self.k_proj, self.v_proj)
         q_1THE, k_1TGE, v_1TGE = (x.unflatten(2, (-1, size)) for x, size in (
             (q, self.head_size * (1 + self.is_gated)), (k, self.head_size), (v, self.head_size)))
         q_1THE, *gate = q_1THE.split(self.head_size, dim=3)

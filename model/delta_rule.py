@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from model.devices import OFF, on_gpu
+from model.matmul import project
 from model.mixers import Segments
 from model.ops.gated_delta import (
     CHUNK,
@@ -41,7 +42,7 @@ def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
     project's own functions over padded batches of segments, the reference.
     """
     assert module.activation == "silu" and module.conv1d.bias is None
-    qkv_1TC, z_1TX = module.in_proj_qkv(x_1TD), module.in_proj_z(x_1TD)
+    qkv_1TC, z_1TX = project(x_1TD, module.in_proj_qkv, module.in_proj_z)
     beta_1TH = module.in_proj_b(x_1TD).sigmoid()
     g_1TH = -module.A_log.float().exp() * F.softplus(module.in_proj_a(x_1TD).float() + module.dt_bias)
     if segments.memory is not None:

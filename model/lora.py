@@ -1,5 +1,5 @@
-"""LoRA on frozen linears (Hu et al. 2021, arXiv:2106.09685), forward and backward by hand, in peft's file format.
-Keeps the layer's input and its product with A for the backward pass, both in the compute dtype."""
+"""LoRA on frozen linears (Hu et al. 2021, arXiv:2106.09685), computed by model/matmul.py, in peft's file format.
+Costs 4 bytes a trained parameter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from model.config import LoraConfig
-from model.devices import OFF, on_gpu
+from model.matmul import UNREAD, Part, multiply
 from model.moe.experts import FrozenExperts, LoraExperts
 from model.quant import FrozenLinear
 
-# O output features, I input features, K rank, T tokens, X any leading dimensions
+# O output features, I input features, K rank, X any leading dimensions
 
 
 class LoraLinear(nn.Module):
@@ -35,64 +35,19 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(first_a(seed, name, config.rank, base.in_features).to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
 
-    def forward(self, x_XI: Tensor) -> Tensor:
+    @property
+    def drops_out(self) -> bool:
+        return self.enabled and self.training and self.dropout > 0
+
+    def part(self) -> tuple[Part, tuple[Tensor, ...]]:
+        """For `multiply`: what this linear computes, and its A and B unless the adapter is switched off."""
         if not self.enabled:
-            return self.base(x_XI)
-        keep_XI = None
-        if self.training and self.dropout:
-            keep_XI = torch.rand(x_XI.shape, device=x_XI.device) >= self.dropout
-        y_XO = LoraMatmul.apply(x_XI, self.lora_A, self.lora_B, self.base, self.scaling, keep_XI, self.dropout)
-        return y_XO if self.base.bias is None else y_XO + self.base.bias
+            return Part(self.base, self in UNREAD), ()
+        return Part(self.base, self in UNREAD, len(self.lora_A), self.scaling), (self.lora_A, self.lora_B)
 
-
-class LoraMatmul(torch.autograd.Function):
-    """Base and adapter in one function: the adapter's output and input gradient are added to the base's in place.
-
-    All matmuls run in x's dtype; the gradients of A and B are returned in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_XI: Tensor, a_KI: Tensor, b_OK: Tensor, base: FrozenLinear,
-        scaling: float, keep_XI: Tensor | None, dropout: float,
-    ) -> Tensor:
-        x_TI = x_XI.reshape(-1, x_XI.shape[-1])
-        y_TO = x_TI @ base.dequantize().T
-        h_TK = drop(x_TI, keep_XI, dropout) @ a_KI.to(x_TI.dtype).T
-        y_TO.addmm_(h_TK, b_OK.to(x_TI.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x_TI, h_TK, a_KI, b_OK, keep_XI)
-        ctx.base, ctx.scaling, ctx.dropout, ctx.shape = base, scaling, dropout, x_XI.shape
-        return y_TO.view(*x_XI.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, dy_XO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, h_TK, a_KI, b_OK, keep_XI = ctx.saved_tensors
-        dy_TO = dy_XO.reshape(-1, dy_XO.shape[-1])
-        db_OK = product_in_float32(dy_TO.T, h_TK).mul_(ctx.scaling)
-        dh_TK = (dy_TO @ b_OK.to(dy_TO.dtype)).mul_(ctx.scaling)
-        da_KI = product_in_float32(dh_TK.T, drop(x_TI, keep_XI, ctx.dropout))
-        dx_XI = None
-        if ctx.needs_input_grad[0]:  # the first layer's input needs no gradient
-            dx_TI = dy_TO @ ctx.base.dequantize()
-            if keep_XI is None:
-                dx_TI.addmm_(dh_TK, a_KI.to(dy_TO.dtype))
-            else:
-                dx_TI += drop(dh_TK @ a_KI.to(dy_TO.dtype), keep_XI, ctx.dropout)
-            dx_XI = dx_TI.view(ctx.shape)
-        return dx_XI, da_KI, db_OK, None, None, None, None
-
-
-def product_in_float32(a_KT: Tensor, b_TI: Tensor) -> Tensor:
-    """a @ b in float32. On a GPU the sum over all tokens is never rounded to half precision (the fast path "lora_gradients"),
-    on the CPU once at its end."""
-    if on_gpu(a_KT) and a_KT.dtype != torch.float32 and "lora_gradients" not in OFF:
-        return torch.mm(a_KT, b_TI, out_dtype=torch.float32)
-    return (a_KT @ b_TI).float()
-
-
-def drop(x_TI: Tensor, keep_XI: Tensor | None, dropout: float) -> Tensor:
-    """Dropout with a given mask; returns the input itself if the mask is None."""
-    return x_TI if keep_XI is None else x_TI * keep_XI.view(x_TI.shape) / (1 - dropout)
+    def forward(self, x_XI: Tensor) -> Tensor:
+        keep_XI = torch.rand(x_XI.shape, device=x_XI.device) >= self.dropout if self.drops_out else None
+        return multiply(x_XI, [self], keep_XI, self.dropout)[0]
 
 
 def first_a(seed: int, name: str, rank: int, num_in: int) -> Tensor:

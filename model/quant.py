@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any, Iterator
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from model.devices import OFF, on_gpu
+from model.matmul import UNREAD, Part, multiply
 
 # O output features, I input features, R rows of a weight, X any leading dimensions
 
@@ -27,6 +27,8 @@ class FrozenLinear(nn.Module):
     Subclasses differ in how they store rows.
     """
 
+    drops_out = False
+
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
@@ -40,25 +42,15 @@ class FrozenLinear(nn.Module):
         """The weight in the compute dtype: [O, I]."""
         raise NotImplementedError
 
+    def part(self) -> tuple[Part, tuple[Tensor, ...]]:
+        """For `multiply`: what this linear computes, and no adapter."""
+        return Part(self, self in UNREAD), ()
+
     def forward(self, x_XI: Tensor) -> Tensor:
-        y_XO = FrozenMatmul.apply(x_XI, self)
-        return y_XO if self.bias is None else y_XO + self.bias
+        return multiply(x_XI, [self])[0]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
-
-
-class FrozenMatmul(torch.autograd.Function):
-    """x W^T; forward and backward each dequantize the weight and free it afterwards."""
-
-    @staticmethod
-    def forward(ctx: Any, x_XI: Tensor, linear: FrozenLinear) -> Tensor:
-        ctx.linear = linear
-        return F.linear(x_XI, linear.dequantize())
-
-    @staticmethod
-    def backward(ctx: Any, dy_XO: Tensor) -> tuple[Tensor, None]:
-        return dy_XO @ ctx.linear.dequantize(), None
 
 
 class PlainLinear(FrozenLinear):

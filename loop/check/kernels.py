@@ -15,7 +15,7 @@ from loop.config import Config
 from loop.optim import make_optimizer
 from loop.paths import PATHS, Sizes, compare, random, relative, taken, three_segments
 from model import delta_rule
-from model.lora import product_in_float32
+from model.matmul import product_in_float32
 from model.mixers import stream_attention
 from model.moe.experts import grouped_matmul
 from model.moe.routing import Group

@@ -13,7 +13,7 @@ from data.batches import StepBatch
 from loop.memory.ledger import Ledger
 from loop.memory.phases import Memory
 from model.delta_rule import padded_positions
-from model.lora import LoraMatmul
+from model.matmul import JointMatmul
 from model.stages import Stage, decoder_layer
 
 
@@ -89,7 +89,7 @@ class StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_1TD: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.named(LoraMatmul.backward):
+        with ctx.named(JointMatmul.backward):
             for parameter in ctx.parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

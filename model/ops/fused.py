@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import ATTENTIONS, GATED_ATTENTIONS, Attention
+from model.matmul import project
 
 # X any leading dimensions, D features, I features inside the feed-forward
 
@@ -129,7 +130,7 @@ class FusedFeedForward(nn.Module):
             feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj)
 
     def forward(self, x_XD: Tensor) -> Tensor:
-        return self.down_proj(SwiGlu.apply(self.gate_proj(x_XD), self.up_proj(x_XD)))
+        return self.down_proj(SwiGlu.apply(*project(x_XD, self.gate_proj, self.up_proj)))
 
 
 class SwiGlu(torch.autograd.Function):

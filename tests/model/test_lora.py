@@ -103,29 +103,3 @@ def test_impossible_settings_are_refused(settings, message):
 
 def test_names_in_files_are_those_of_peft():
     assert to_peft_name("model.layers.3.mlp.up_proj.lora_A") == "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
-
-
-def test_on_a_gpu_gradients_are_summed_in_float32():
-    """Without values: torch's CPU has no such product, its shapes and types are known all the same."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from model.devices import OFF, planning_for
-    from model.lora import product_in_float32
-
-    a, b = torch.randn(5, 64).bfloat16(), torch.randn(64, 3).bfloat16()
-    assert torch.equal(product_in_float32(a, b), (a @ b).float()), "on a CPU"
-    calls = []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with FakeTensorMode(allow_non_fake_inputs=True), planning_for("cuda"), Recorder():
-        assert product_in_float32(a, b).dtype == torch.float32
-        assert calls[-1] == "aten.mm.dtype", "the sum is made in float32"
-        OFF.add("lora_gradients")
-        try:
-            assert product_in_float32(a, b).dtype == torch.float32 and "aten.mm.default" in calls
-        finally:
-            OFF.clear()
