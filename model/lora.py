@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import LoraConfig
-from model.matmul import UNREAD, Part, multiply
+from model.matmul import Part, multiply
 from model.moe.experts import FrozenExperts, LoraExperts
 from model.quant import FrozenLinear
 
@@ -42,8 +42,8 @@ class LoraLinear(nn.Module):
     def part(self) -> tuple[Part, tuple[Tensor, ...]]:
         """For `multiply`: what this linear computes, and its A and B unless the adapter is switched off."""
         if not self.enabled:
-            return Part(self.base, self in UNREAD), ()
-        return Part(self.base, self in UNREAD, len(self.lora_A), self.scaling), (self.lora_A, self.lora_B)
+            return self.base.part()
+        return Part(self.base, len(self.lora_A), self.scaling), (self.lora_A, self.lora_B)
 
     def forward(self, x_XI: Tensor) -> Tensor:
         keep_XI = torch.rand(x_XI.shape, device=x_XI.device) >= self.dropout if self.drops_out else None

@@ -13,14 +13,13 @@ from model.devices import OFF, on_gpu
 
 # O output features, I input features, K rank or the ranks of several linears side by side, T tokens, X any leading dimensions
 
-UNREAD: set[nn.Module] = set()  # modules whose outputs nobody reads while a layer is recomputed; they need not compute them
+UNREAD: set[nn.Module] = set()  # frozen linears and experts whose outputs nobody reads, while a layer is recomputed
 
 
 class Part(NamedTuple):
     """What one linear computes: x W^T and, if it has an adapter, + scaling * x A^T B^T."""
 
     base: Any  # the FrozenLinear (model/quant.py) that holds W
-    is_unread: bool
     rank: int = 0  # 0 without an adapter
     scaling: float = 0.0
 
@@ -88,7 +87,7 @@ class JointMatmul(torch.autograd.Function):
 
 def base_product(x_TI: Tensor, part: Part) -> Tensor:
     """x W^T, and the bias if there is one."""
-    if part.is_unread:
+    if part.base in UNREAD:
         return not_computed(x_TI, len(x_TI), part.base.out_features)
     y_TO = x_TI @ part.base.dequantize().T
     return y_TO if part.base.bias is None else y_TO.add_(part.base.bias)
@@ -106,7 +105,7 @@ def add_adapters_products(y_TO: Sequence[Tensor], h_TK: Tensor, parts: Sequence[
     """Adds to each adapted linear's output its columns of h = x A^T, times B^T."""
     columns = h_TK.split([part.rank for part in parts if part.rank], dim=1)
     for (y, part), h, b_OK in zip(adapted(y_TO, parts), columns, adapters[1::2]):
-        if not part.is_unread:
+        if part.base not in UNREAD:
             y.addmm_(h, b_OK.to(y.dtype).T, alpha=part.scaling)
 
 
@@ -153,14 +152,15 @@ def drop(x_TI: Tensor, keep_XI: Tensor | None, dropout: float) -> Tensor:
 
 
 @contextmanager
-def unread(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """While the context lasts, nobody reads the outputs of `modules`, and they compute only what they keep for the backward
-    pass. Right only for an output that goes straight into an addition: most other operations keep what they are given."""
-    UNREAD.update(modules)
+def unread(module: nn.Module) -> Iterator[None]:
+    """While the context lasts, nobody reads the output of a frozen linear or of routed experts: they, and their adapters,
+    compute only what they keep for the backward pass. Right only for an output that goes straight into an addition: most other
+    operations keep what they are given."""
+    UNREAD.add(module)
     try:
         yield
     finally:
-        UNREAD.difference_update(modules)
+        UNREAD.discard(module)
 
 
 def not_computed(like: Tensor, *shape: int) -> Tensor:

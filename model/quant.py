@@ -11,7 +11,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from model.devices import OFF, on_gpu
-from model.matmul import UNREAD, Part, multiply
+from model.matmul import Part, multiply
 
 # O output features, I input features, R rows of a weight, X any leading dimensions
 
@@ -44,7 +44,7 @@ class FrozenLinear(nn.Module):
 
     def part(self) -> tuple[Part, tuple[Tensor, ...]]:
         """For `multiply`: what this linear computes, and no adapter."""
-        return Part(self, self in UNREAD), ()
+        return Part(self), ()
 
     def forward(self, x_XI: Tensor) -> Tensor:
         return multiply(x_XI, [self])[0]

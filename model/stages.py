@@ -3,6 +3,7 @@ Keeps only each decoder layer's input (T x D) for the backward pass if it recomp
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.delta_rule import packed_delta_rule
 from model.lora import adapter_parameters
+from model.matmul import unread
 from model.mixers import Segments
 from model.ops.loss import supervised_losses
 
@@ -61,18 +63,29 @@ class Stage(nn.Module):
 
     def run_layer(self, number: int, x_1TD: Tensor, rotary: Any, segments: Segments) -> Tensor:
         """One decoder layer, or the sublayer of it that this stage holds; its activations are kept or recomputed."""
+        layer, feed_forward = self.model.model.layers[number], 2 * number + 1 < self.stop
         run: Callable[..., Tensor] = partial(
-            decoder_layer, self.model.model.layers[number], rotary=rotary, segments=segments,
-            mixer=2 * number >= self.first, feed_forward=2 * number + 1 < self.stop,
-        )
+            decoder_layer, layer, rotary=rotary, segments=segments, mixer=2 * number >= self.first, feed_forward=feed_forward)
         if number in self.recomputed and torch.is_grad_enabled():
-            return checkpoint(run, x_1TD, use_reentrant=False, preserve_rng_state=self.has_dropout)
+            return checkpoint(run, x_1TD, use_reentrant=False, preserve_rng_state=self.has_dropout,
+                              context_fn=lambda: (nullcontext(), unread(last_summand(layer, feed_forward))))
         return run(x_1TD)
 
     def losses(self, x_1TD: Tensor, predict_N: Tensor, labels_N: Tensor) -> Tensor:
         """On the last stage: the cross-entropy of each supervised position, [N] in float32. Norm and head skip all others."""
         h_ND = self.model.model.norm(x_1TD[0, predict_N])
         return supervised_losses(h_ND, self.model.lm_head.weight, labels_N)
+
+
+def last_summand(layer: Any, feed_forward: bool) -> nn.Module:
+    """The frozen module whose output goes straight into the layer's last addition, so that a recomputation need not have it.
+    The shared expert's is none: its gate multiplies it, and autograd keeps both factors."""
+    if not feed_forward:
+        module = layer.linear_attn.out_proj if hasattr(layer, "linear_attn") else layer.self_attn.o_proj
+    else:
+        module = layer.mlp.experts if hasattr(layer.mlp, "experts") else layer.mlp.down_proj
+    frozen: nn.Module = getattr(module, "base", module)  # without its adapter
+    return frozen
 
 
 def decoder_layer(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.devices import OFF, on_gpu
+from model.matmul import UNREAD, not_computed
 from model.moe.expert_weights import MATRICES, ExpertMatrices
 from model.moe.routing import Group, route
 
@@ -78,6 +79,10 @@ class ExpertsFunction(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_TK: Tensor, index_TK: Tensor, experts: FrozenExperts, scaling: float,
         gate_up_a: Tensor | None, gate_up_b: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
     ) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_TK, index_TK, gate_up_a, gate_up_b, down_a, down_b)
+        ctx.experts, ctx.scaling = experts, scaling
+        if experts in UNREAD:
+            return not_computed(x_TD, *x_TD.shape)
         order_S, counts_E, groups = route(index_TK, experts.num_experts, experts.group_size)
         if experts.tokens_E is not None and experts.training:
             experts.tokens_E += counts_E
@@ -94,8 +99,6 @@ class ExpertsFunction(torch.autograd.Function):
             y_ND = down.forward(h_NI).mul_(weight_TK.flatten()[order_N, None])
             add_rows(out_TD, token_N, y_ND, group.counts)
             del gate_up, down  # before the next group is dequantized, so that only one exists at a time
-        ctx.save_for_backward(x_TD, weight_TK, index_TK, gate_up_a, gate_up_b, down_a, down_b)
-        ctx.experts, ctx.scaling = experts, scaling
         return out_TD
 
     @staticmethod

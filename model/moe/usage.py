@@ -15,7 +15,7 @@ from model.moe.experts import FrozenExperts
 
 
 def start_counting(model: Any) -> None:
-    """Makes training count the tokens of each expert; a recomputed layer counts twice, which leaves its shares the same.
+    """Makes training count the tokens of each expert.
 
     Raises:
         ValueError: the model has no routed experts.
