@@ -19,6 +19,9 @@ MAX_SLOW_ROWS = 3  # after so many the template is to blame, not the rows
 REMEDY = "Take chat_template.jinja and tokenizer_config.json from the model's publisher once more"
 
 
+Rendered = list[str] | Dropped  # prompt and written text of every turn; or why the row is not trained on
+
+
 @dataclass(frozen=True)
 class Example:
     """One sequence to train on. `supervised[i]` says that `ids[i]` is a target of the loss."""
@@ -44,7 +47,7 @@ class ChatFormat:
         if not isinstance(tokenizer.chat_template, str):
             found = f"several named ones: {', '.join(tokenizer.chat_template)}" if tokenizer.chat_template else "none"
             raise ValueError(f"{name}: expected one chat template, found {found}. Use an instruction-tuned (chat) model")
-        if STOP_TOKEN not in tokenizer.get_vocab():
+        if tokenizer.backend_tokenizer.token_to_id(STOP_TOKEN) is None:
             raise ValueError(f"{name}: the tokenizer has no {STOP_TOKEN}. Only ChatML models (Qwen, SmolLM2) are supported")
         # a tokenizer.json may switch these on, which would silently change ids and masks
         tokenizer.backend_tokenizer.no_truncation()
@@ -86,29 +89,41 @@ class ChatFormat:
         return text
 
     def examples(self, rows: Sequence[Row]) -> list[list[Example] | Dropped]:
-        """Tokenizes rows as one batch, which the tokenizer works on in parallel; one entry for each row, in order.
+        """One entry for each row, in order: its sequences, or why it is dropped.
 
         Every assistant turn is supervised. Turns share one example as long as the prompt of the next turn begins with
         all ids of the example so far. Where the template renders an earlier turn differently from the last one (Qwen
         drops the think block), the next turn starts a new example.
         """
-        rendered: dict[int, list[str] | Dropped] = {}
+        rendered = self.render(rows)
+        return self.join(rows, rendered, self.encode(rendered))
+
+    def render(self, rows: Sequence[Row]) -> list[Rendered]:
+        """The texts of each row's turns; only the main thread can stop a template that takes too long."""
+        rendered: list[Rendered] = []
         with time_limit(RENDER_S) as start_anew:
-            for i, row in enumerate(rows):
+            for row in rows:
                 start_anew()
                 try:
-                    rendered[i] = self.turn_texts(row)
+                    rendered.append(self.turn_texts(row))
                 except BadRow as bad:
-                    rendered[i] = Dropped(row.line, row.source, bad.reason, bad.detail, bad=True)
+                    rendered.append(Dropped(row.line, row.source, bad.reason, bad.detail, bad=True))
                 except TooSlow:
-                    rendered[i] = self.slow_row(row)
-        texts = [text for outcome in rendered.values() if isinstance(outcome, list) for text in outcome]
+                    rendered.append(self.slow_row(row))
+        return rendered
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[list[int]]:
+        """The ids of each text, by a batch on which the tokenizer works with all cores and without Python's lock."""
+        texts = [text for outcome in rendered if isinstance(outcome, list) for text in outcome]
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        encoded = iter([encoding.ids for encoding in encodings])
+        return [encoding.ids for encoding in encodings]
+
+    def join(self, rows: Sequence[Row], rendered: Sequence[Rendered], ids: list[list[int]]) -> list[list[Example] | Dropped]:
+        encoded = iter(ids)
         return [
             outcome if isinstance(outcome, Dropped) else
             self.join_turns(row, [(next(encoded), next(encoded)) for _ in row.turns])
-            for row, outcome in zip(rows, rendered.values())
+            for row, outcome in zip(rows, rendered)
         ]
 
     def slow_row(self, row: Row) -> Dropped:

@@ -1,5 +1,5 @@
 """Writes, verifies and reads the checkpoints of a run, on rank 0. A crash never leaves an incomplete checkpoint.
-Costs one copy of adapters and optimizer states in CPU memory while a checkpoint is written."""
+Costs the time of writing, hashing and syncing its files; the loop has this done in a thread (see state.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERSION = 1  # of what state.json and manifest.json hold
 
 @dataclass
 class Saved:
-    """The contents of one checkpoint."""
+    """The contents of one checkpoint; tensors on the CPU, none of which share memory."""
 
     state: dict[str, Any]  # step, eval_loss, settings
     adapter: dict[str, Tensor]  # in peft's names
@@ -88,9 +88,8 @@ def clear_removed(run_dir: Path) -> None:
 def write_files(partial: Path, saved: Saved) -> None:
     """Writes and syncs all files of a checkpoint, the manifest last."""
     partial.mkdir(parents=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in saved.adapter.items()}, partial / ADAPTER, {"format": "pt"})
-    # copies, since safetensors refuses tensors that share memory
-    save_file({name: tensor.to("cpu", copy=True) for name, tensor in saved.optimizer.items()}, partial / OPTIMIZER)
+    save_file({name: tensor.contiguous() for name, tensor in saved.adapter.items()}, partial / ADAPTER, {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in saved.optimizer.items()}, partial / OPTIMIZER)
     write_json(partial / ADAPTER_CONFIG, saved.adapter_config)
     write_json(partial / STATE, {"version": VERSION, **saved.state})
     for name, content in saved.files.items():

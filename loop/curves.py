@@ -1,21 +1,55 @@
 """Draws curves.png from metrics.jsonl and memory.png from memory.jsonl. Needs matplotlib (extra [plots]).
-Takes 0.2 s, and more as a run grows."""
+Takes 0.2 s, and more as a run grows; a process that does so beside a run takes 1 s of one core, at low priority, and 60 MB.
+
+python -m loop.curves RUN_DIR allocated|resident PID [GIB ...]    # the process ends with process PID; planned peaks by rank
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from data.files import write_whole
+from loop.distributed.launch import die_with_parent
+from loop.line_file import MEMORY_FILE, METRICS_FILE, read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NICENESS = 10
 MAX_RANKS = 8  # that memory.png shows
 COLORS = {"forward": "tab:blue", "loss": "tab:green", "backward": "tab:orange", "update": "tab:purple"}
 
 
+def main() -> None:
+    run_dir, kind, parent, *planned_gib = sys.argv[1:]
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != int(parent):  # the run is gone already
+        sys.exit(1)
+    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    print(draw_pictures(Path(run_dir), kind, [float(gib) for gib in planned_gib]))
+
+
+def draw_pictures(run_dir: Path, kind: str, planned_gib: list[float]) -> str:
+    """Draws both pictures of a run, and says why they could not be drawn, if so: whatever matplotlib raises ends no run."""
+    try:
+        draw_curves(read_metrics(run_dir / METRICS_FILE), run_dir / "curves.png", run_dir.name)
+        draw_memory(read_metrics(run_dir / MEMORY_FILE), run_dir / "memory.png", run_dir.name, kind, planned_gib)
+    except ImportError:
+        return "curves.png and memory.png are not drawn: matplotlib is missing (pip install matplotlib)"
+    except Exception as error:
+        found = error.strerror if isinstance(error, OSError) else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return f"{run_dir}: the pictures are not drawn: {found}"
+    return ""
+
+
 def draw_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws loss with held-out loss, learning rate with gradient norm, tokens per second with peak memory."""
+    from matplotlib.figure import Figure
+
     loss, rate, speed = add_panels(figure := Figure(figsize=(12, 3.6)), title, 1, 3)
     memory = speed.twinx()
     for axis, key, label, style in (
@@ -61,6 +95,8 @@ def draw_memory(records: list[dict[str, Any]], path: Path, title: str, kind: str
         kind: allocated | resident, for the title.
         planned_gib: peak by rank; empty where it is not known.
     """
+    from matplotlib.figure import Figure
+
     num_ranks = 1 + max((r["rank"] for r in records), default=0)
     num_shown = min(num_ranks, MAX_RANKS)
     num_rows = 1 if num_shown <= 3 else 2
@@ -105,3 +141,7 @@ def draw_rank(axis: Any, records: list[dict[str, Any]], planned_gib: list[float]
     for gib in planned_gib:
         axis.axhline(gib, color="tab:red", linestyle=":", label="planned peak")
     axis.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,12 @@ import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 from data.files import write_text
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 ROOT = Path(__file__).resolve().parents[1]
 FAILED, FOR_USER, NO_MEMORY_LEFT = 1, 2, 3  # exit statuses; after a signal it is 128 and the signal's number
@@ -25,6 +28,8 @@ EXIT_FILE = "exit.json"
 # texts in the errors that torch raises for its allocators, CUDA, cuBLAS and cuDNN, NCCL, and C++
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "_STATUS_ALLOC_FAILED", "std::bad_alloc")
 RECORDED_IN: list[Path] = []  # the run's directory, once this process has locked it
+UNFINISHED: list[Future[str]] = []  # work of other threads, which this process finishes before it ends
+FINISH_S = 20.0  # but no longer than this where it must end at once: launchers kill their ranks 30 s after a signal
 
 
 class OutOfMemory(RuntimeError):
@@ -101,12 +106,15 @@ def report_failure(error: Exception) -> None:
 
 
 def end_process(status: int, message: Callable[[], str], head: str = "error: ") -> NoReturn:
-    """Records and prints why, and ends the process at once, in any thread. Nothing is cleaned up, which could wait for ranks
-    that wait for this one; and nothing that fails on the way, such as a terminal that is closed, keeps the process alive."""
+    """Records and prints why, and ends the process in any thread, when what is `UNFINISHED` is done. Nothing is cleaned up,
+    which could wait for ranks that wait for this one; and nothing that fails on the way, such as a terminal that is closed,
+    keeps the process alive."""
     try:
         said = message()
         record_exit(status, said)
         os.write(2, f"{head}{said}\n".encode())
+        for work in UNFINISHED:
+            work.exception(FINISH_S)
     finally:
         os._exit(status)
 

@@ -77,6 +77,7 @@ def fit(
             skip(not_finite(losses, grad_norm, batch), num_skipped, step, log)
         conclude(config, state, total, held_out, forward_only, ranks, log, memory,
                  late=since_saved_s > config.checkpoint.every_s)
+    state.writer.wait()  # until the last checkpoint is there
 
 
 def conclude(
@@ -99,6 +100,7 @@ def conclude(
     if save_now or late:
         log.sync()  # the checkpoint relies on the metrics up to its step
         save(config, state, eval_loss, ranks, log.say)
+    state.writer.check()  # so that a full disk ends the run now, and not at the next checkpoint
     if log.is_lost():
         if log.run_dir.exists():
             raise ValueError(f"{log.run_dir}: another directory took its place while the run trained. Start it with another "

@@ -1,29 +1,31 @@
 """Writes what people and programs read about a run: console lines, log, progress bars, metrics.jsonl, memory.jsonl, pictures.
-Only rank 0 writes, except the trace of a step; drawing the pictures takes 0.2 s and more as a run grows."""
+Only rank 0 writes, except the trace of a step; the pictures are drawn by a process beside the run, and once more at its end."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Iterable, TextIO
+from typing import Any, Iterable, TextIO
 
 import torch
 from tqdm import tqdm
 
 from data.batches import StepBatch
-from data.files import write_text
+from loop.curves import draw_pictures
 from loop.distributed.groups import Ranks
+from loop.errors import ROOT
+from loop.line_file import MEMORY_FILE, METRICS_FILE, SAMPLES_FILE, LineFile
 from loop.memory.phases import Memory, peak_gib
 from loop.memory.trace import write_page, write_snapshot
 
 DRAW_EVERY_S = 30
-METRICS_FILE, MEMORY_FILE, SAMPLES_FILE = "metrics.jsonl", "memory.jsonl", "samples.jsonl"
-EVALUATION = {"eval_loss", "stage_busy_s", "eval", "answer"}  # keys of lines that an evaluation writes
+DRAWN_WITHIN_S = 60  # pictures for which the end of a run waits
 
 
 class LoadingBar(tqdm):
@@ -56,8 +58,8 @@ class RunLog:
         self.memory_kind = "allocated" if device.type == "cuda" else "resident"
         self.planned_gib: list[float] = []  # peak by rank; empty while it is not known
         self.drawn_at = time.monotonic()
-        self.outdated = False  # whether the pictures lack a record
-        self.can_draw = True
+        self.drawing: subprocess.Popen[str] | None = None  # draws the pictures
+        self.not_drawn = ""  # what was said last of pictures that could not be drawn
         self.log_file: TextIO | None = None
         if enabled:
             try:
@@ -105,7 +107,6 @@ class RunLog:
     def record(self, values: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl; numbers are not rounded, and are null where they are not finite."""
         self.append(METRICS_FILE, [json.loads(json.dumps(values), parse_constant=lambda _: None)])
-        self.outdated = METRICS_FILE in self.files
 
     def step(
         self, batch: StepBatch, total: int, *, loss: float, lr: float, grad_norm: float, skipped: bool, step_s: float,
@@ -133,7 +134,7 @@ class RunLog:
     def eval(
         self, step: int, loss: float, by_source: dict[str, float], marks: Iterable[dict[str, dict[str, float]]] = ()
     ) -> None:
-        """Records one evaluation and its memory, and draws the pictures if they are older than 30 s."""
+        """Records one evaluation and its memory, and has the pictures drawn if they are older than 30 s."""
         self.memory(step, marks)
         self.record({"step": step, "eval_loss": loss, "eval_loss_by_source": by_source})
         sources = "" if len(by_source) < 2 else "  " + "  ".join(f"{name} {value:.4f}" for name, value in by_source.items())
@@ -150,26 +151,28 @@ class RunLog:
         self.say(f"step {shown['step']}  answer to held-out line {shown['line']}: {' '.join(shown['answer'].split())}")
 
     def draw_pictures(self) -> None:
-        """Draws curves.png and memory.png, unless nothing was recorded since they were drawn last."""
-        if not (self.outdated and self.can_draw):
-            return
-        self.drawn_at, self.outdated = time.monotonic(), False
-        name = self.run_dir.name
-        try:
-            from loop.curves import draw_curves, draw_memory
+        """Has curves.png and memory.png drawn by a process beside this one: a thread would keep Python from the loop."""
+        if METRICS_FILE in self.files and (self.drawing is None or self.drawing.poll() is not None):
+            self.drawn()
+            command = [sys.executable, "-m", "loop.curves", str(self.run_dir.resolve()), self.memory_kind, str(os.getpid())]
+            with suppress(OSError):  # no room for another process: they are drawn at the end
+                self.drawing = subprocess.Popen([*command, *map(str, self.planned_gib)], cwd=ROOT, text=True,
+                                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.drawn_at = time.monotonic()
 
-            draw_curves(read_metrics(self.run_dir / METRICS_FILE), self.run_dir / "curves.png", name)
-            memory = read_metrics(self.run_dir / MEMORY_FILE)
-            draw_memory(memory, self.run_dir / "memory.png", name, self.memory_kind, self.planned_gib)
-        except ImportError:
-            self.can_draw = False
-            self.say("curves.png and memory.png are not drawn: matplotlib is missing (pip install matplotlib)")
-        except OSError as error:
-            self.say(f"{self.run_dir}: the pictures are not drawn: {error.strerror}")
-        except Exception as error:  # a picture never ends a run, whatever matplotlib raises
-            self.can_draw = False
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            self.say(f"{self.run_dir}: the pictures are not drawn any more: {reason}")
+    def drawn(self) -> None:
+        """Waits for the process that draws, and says why it could not."""
+        if self.drawing is not None:
+            try:
+                self.say_not_drawn(self.drawing.communicate(timeout=DRAWN_WITHIN_S)[0].strip())
+            except subprocess.TimeoutExpired:
+                self.drawing.kill()
+            self.drawing = None
+
+    def say_not_drawn(self, why: str) -> None:
+        if why not in ("", self.not_drawn):
+            self.not_drawn = why
+            self.say(why)
 
     def sync(self) -> None:
         """Waits until metrics.jsonl and memory.jsonl are on the disk.
@@ -198,72 +201,9 @@ class RunLog:
         memory.traced = None
 
     def close(self) -> None:
-        self.draw_pictures()
+        self.drawn()
+        if METRICS_FILE in self.files:
+            self.say_not_drawn(draw_pictures(self.run_dir, self.memory_kind, self.planned_gib))
         for closing in (self.bar, *self.files.values(), self.log_file):
             if closing is not None:
                 closing.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl or memory.jsonl; leaves out lines that are damaged, such as a last one that a crash cut short."""
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line.strip(b"\0"))  # a power cut may leave a hole of zero bytes
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
-    return records
-
-
-class LineFile:
-    """A file that grows by whole lines. Lines that a full disk refuses are kept, and written with the next ones."""
-
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say = path, say
-        self.waiting: list[str] = []  # lines that could not be written yet
-
-    def cut_back(self, step: int, evaluated: bool) -> None:
-        """Opens the file; keeps its lines up to `step`, without the evaluation after that step unless `evaluated`, and none
-        for a run from step 0."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step] if step and self.path.exists() else []
-        if not evaluated:
-            kept = [record for record in kept if record["step"] < step or not record.keys() & EVALUATION]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.number = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        self.size = os.fstat(self.number).st_size
-
-    def append(self, lines: list[str]) -> None:
-        self.waiting += lines
-        data = "".join(self.waiting).encode()
-        try:
-            while data:
-                data = data[os.write(self.number, data) :]
-        except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self.number, self.size)  # no part of a line stays
-            if len(self.waiting) == len(lines):
-                self.say(f"{self.path}: {error.strerror}. Its lines wait until there is room; the next checkpoint needs them")
-            return
-        if len(self.waiting) > len(lines):
-            self.say(f"{self.path}: all lines are written again")
-        self.waiting, self.size = [], os.fstat(self.number).st_size
-
-    def sync(self) -> None:
-        if self.waiting:
-            self.append([])
-        if self.waiting:
-            raise ValueError(f"{self.path}: {len(self.waiting)} lines could not be written, and a checkpoint relies on them. "
-                             "Make room and give the same command again: it continues from the newest checkpoint")
-        os.fsync(self.number)
-
-    def is_lost(self) -> bool:
-        """Whether another file, or none, is at this path now."""
-        try:
-            return not os.path.samestat(os.stat(self.path), os.fstat(self.number))
-        except FileNotFoundError:
-            return True
-
-    def close(self) -> None:
-        os.close(self.number)

@@ -1,10 +1,12 @@
 """What a run saves and restores: its step, its adapters, its optimizer, and the settings that decide its results.
-Costs one copy of adapters and optimizer states in CPU memory while they are saved or restored."""
+Costs one copy of adapters and optimizer states in CPU memory, from when they are saved until they are written, and while
+they are restored."""
 
 from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -17,11 +19,45 @@ from data.files import write_text, write_whole
 from loop import checkpoint
 from loop.config import Config, to_yaml
 from loop.distributed.groups import Ranks
+from loop.errors import UNFINISHED
 from loop.identity import WEIGHTS, WEIGHTS_FILE, Course, changed_tensors, changes
 from loop.optim import load_optimizer, named_states
 from model.config import base_name
 from model.lora import peft_config, to_peft_name
 from model.stages import Stage
+
+
+class Writer:
+    """Writes one checkpoint after the other in a thread, while the loop goes on."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.written: Future[str] = Future()  # what is said of the last checkpoint
+        self.written.set_result("")
+
+    def write(self, run_dir: Path, saved: checkpoint.Saved, keep: int, say: Callable[[str], None]) -> None:
+        """Begins to write a checkpoint when the one before is written; says so when it is committed."""
+        def commit() -> str:
+            said = f"saved {checkpoint.save(run_dir, saved, keep)}"
+            say(said)
+            return said
+
+        self.wait()
+        self.written = self.thread.submit(commit)
+        UNFINISHED[:] = [self.written]  # however this process ends
+
+    def wait(self) -> str:
+        """Waits until the last checkpoint is committed, and returns what was said.
+
+        Raises:
+            ValueError: the checkpoint could not be written.
+        """
+        return self.written.result()
+
+    def check(self) -> None:
+        """Raises what `wait` would raise, without waiting."""
+        if self.written.done():
+            self.wait()
 
 
 @dataclass
@@ -38,7 +74,8 @@ class State:
     files: dict[str, bytes] = field(default_factory=dict)  # tokenizer, template and the like, by file name; on rank 0
     step: int = 0  # optimizer steps done
     evaluated: bool = True  # whether the evaluation after this step was made, if one is due; not so after a stop by a signal
-    saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
+    saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was copied
+    writer: Writer = field(default_factory=Writer)  # used on rank 0
 
 
 def newest_checkpoint(config: Config, settings: Course, say: Callable[[str], None]) -> Path | None:
@@ -117,23 +154,25 @@ def load_adapters(adapters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -
         parameter.copy_(tensor)
 
 
-def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, say: Callable[[str], None]) -> str:
-    """Writes one checkpoint on rank 0, and says where. All ranks must call, since the other stages send their tensors to it.
+def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Copies what a checkpoint holds to rank 0, whose `state.writer` writes it. All ranks must call, since the other stages
+    send their tensors to it.
 
     Args:
         eval_loss: None where this step was not evaluated.
+
+    Raises:
+        ValueError: the checkpoint before could not be written.
     """
     with ranks.signals.saving(state.step):
         adapter = ranks.gather_stages({to_peft_name(name): tensor.detach() for name, tensor in state.adapters.items()})
         optimizer = ranks.gather_stages(named_states(state.optimizer, state.adapters))
-        state.saved_at, said = time.monotonic(), ""
+        state.saved_at = time.monotonic()
         if ranks.is_main:
             described = {"step": state.step, "eval_loss": eval_loss, "settings": state.settings}
             adapter_config = peft_config(config.lora, base_name(config.model.path))
             saved = checkpoint.Saved(described, adapter, adapter_config, optimizer, state.files)
-            said = f"saved {checkpoint.save(config.run_dir, saved, config.checkpoint.keep)}"
-            say(said)
-        return said
+            state.writer.write(config.run_dir, saved, config.checkpoint.keep, say)
 
 
 def save_on_signals(
@@ -142,10 +181,14 @@ def save_on_signals(
     """From here on a signal has the last finished step saved before the run ends; `sync` is called before."""
     aside = ranks.aside()
 
-    def save_step(step: int) -> str:
+    def save_step(step: int, is_begun: bool) -> str:
+        if is_begun:
+            state.writer.wait()
+            return f"step {step} was saved already"
         assert step == state.step
         sync()
-        return save(config, state, None, aside, say)
+        save(config, state, None, aside, say)
+        return state.writer.wait()
 
     ranks.signals.turns.begun = ranks.signals.turns.ended = 2 * state.step + 1  # that step is saved
     ranks.signals.save = save_step

@@ -76,14 +76,13 @@ class Sweep:
         else:
             run = place.start(name, "train.py", ranks=self.ranks, script="tests/traced.py")
             strace.wait_until_stopped(run.processes[0].pid)
-        threads = kill_at is None or phase == "interruption"  # only the interruption is written by another thread
-        tracer = strace.attach(run.processes[0].pid, log, kill_at, self.paths(phase, name, kill_at), threads)
+        tracer = strace.attach(run.processes[0].pid, log, kill_at, self.paths(phase, name, kill_at))
         for process in run.processes:
             if phase == "interruption":
                 os.kill(process.pid, signal.SIGTERM)
             os.kill(process.pid, signal.SIGCONT)
         while kill_at and kill_at.met is not kill_at.call and run.processes[0].is_alive():
-            if kill_at.is_done(log, threads):
+            if kill_at.is_done(log):
                 run.processes[0].kill()
                 tracer.kill()  # which would hold the dead process too
             time.sleep(0.002)
@@ -92,7 +91,7 @@ class Sweep:
             run.wait(WAIT_S)
         run.kill()
         tracer.communicate(timeout=WAIT_S)
-        return run, strace.read_trace(log, threads)
+        return run, strace.read_trace(log)
 
     def paths(self, phase, name, kill_at):
         """The path of a call of the listing run in this one. An interruption may come a few steps earlier or later."""
@@ -166,7 +165,9 @@ class Sweep:
         else:
             return {"missed": f"not killed at this call in {TRIES} runs: {last_line(run)}"}
         found, whole = {}, place.run_dir("whole")
-        lost = self.lost(phase, place.run_dir(name), targets[:index])
+        # other threads may have come less far than in the listing run
+        done = [target for target in targets[:index] if target.call.thread == targets[index].call.thread]
+        lost = self.lost(phase, place.run_dir(name), done)
         resumed = place.start(name, ranks=self.ranks)
         try:
             codes = resumed.wait(WAIT_S)

@@ -131,7 +131,7 @@ class Cuts:
     def left(self, run_dir, reported):
         """What is wrong with what is left on the disk."""
         from loop.checkpoint import list_checkpoints, verify
-        from loop.metrics import read_metrics
+        from loop.line_file import read_metrics
         from tests.conftest import comparable, metrics
 
         wrong = {}

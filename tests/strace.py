@@ -61,7 +61,8 @@ class Target:
     """A call that changes something, and how to meet it in another run that does the same.
 
     Args:
-        met: the call itself; where the path is random, the call that the same thread made before.
+        met: the call itself; where its path is random, or another thread makes as many such calls, the last one of the same
+            thread that can be told apart.
         path: one of the paths of `met`, or None where they are random.
         number: which `met` is of the calls of its thread with its name and this path, counted from 1.
     """
@@ -71,9 +72,9 @@ class Target:
     path: str | None
     number: int
 
-    def is_done(self, log, threads):
+    def is_done(self, log):
         """Whether a trace has the call `met`, to its end."""
-        calls = [call for call in read_trace(log, threads) if call.name == self.met.name and " = " in call.text]
+        calls = [call for call in read_trace(log) if call.name == self.met.name and " = " in call.text]
         return max(Counter(call.thread for call in calls).values(), default=0) >= self.number
 
 
@@ -82,26 +83,32 @@ def targets(calls, directory):
     found = []
     for i, call in enumerate(calls):
         if call.touches(directory):
-            before = next((other for other in calls[:i][::-1] if other.thread == call.thread), call)
-            # safetensors writes into files with random names. Other threads open and write files too, but truncate none
-            met = call if call.fixed(directory) or call.name == "ftruncate" else before
-            path = next(iter(met.fixed(directory)), None)
-            same = [other for other in calls[: i + 1] if (other.thread, other.name) == (met.thread, met.name) and
-                    (path is None or path in other.paths)]
-            found.append(Target(call, met, path, len(same)))
+            for at in range(i, -1, -1):
+                met = calls[at]
+                # safetensors writes into files with random names. Other threads open and write files too, but truncate none
+                if met.thread != call.thread or met is call and not (call.fixed(directory) or call.name == "ftruncate"):
+                    continue
+                path = next(iter(met.fixed(directory)), None)
+                same = [j for j, other in enumerate(calls) if other.name == met.name and (path is None or path in other.paths)]
+                number = sum(calls[j].thread == met.thread for j in same if j <= at)
+                others = Counter(calls[j].thread for j in same if calls[j].thread != met.thread)
+                if max(others.values(), default=0) < number:
+                    break
+            else:
+                raise AssertionError(f"cannot be met again: {call.text}")
+            found.append(Target(call, met, path, number))
     return found
 
 
-def attach(process_id, log, kill_at=None, paths=(), threads=True):
-    """Starts strace on a stopped process; the process may go on when this returns.
+def attach(process_id, log, kill_at=None, paths=()):
+    """Starts strace on all threads of a stopped process; the process may go on when this returns.
 
     Args:
         log: file for the trace.
         kill_at: the Target before which the process is killed; or held, after the call by which the target is met.
         paths: under which the target's path is known in this run.
-        threads: whether all threads are traced, and not only the main thread.
     """
-    command = ["strace", "-y", "-s", "0", "-o", str(log), "-e", "trace=" + ",".join(CHANGING), *["-f"] * threads]
+    command = ["strace", "-y", "-s", "0", "-o", str(log), "-e", "trace=" + ",".join(CHANGING), "-f"]
     if kill_at:
         action = "signal=KILL" if kill_at.met is kill_at.call else f"delay_exit={HELD_S * 10**6}"
         command += ["-e", f"inject={kill_at.met.name}:{action}:when={kill_at.number}"]
@@ -136,11 +143,11 @@ def wait_until_stopped(process_id, seconds=60):
         time.sleep(0.002)
 
 
-def read_trace(log, threads=True):
+def read_trace(log):
     """All calls of a trace, in order. A call whose line was cut in two by another thread's stands where it began."""
     calls, cut = [], {}
     for line in Path(log).read_text(errors="replace").splitlines():
-        thread, _, text = line.partition(" ") if threads else ("0", "", line)
+        thread, _, text = line.partition(" ")
         text = text.strip()
         called, resumed = re.match(r"(\w+)\(", text), re.match(r"<\.\.\. \w+ resumed>(.*)", text)
         if resumed and thread in cut:

@@ -199,16 +199,17 @@ class Ranks(Place):
         return self.exchange(tensors, self.broadcast) if self.world_size > 1 else tensors or {}
 
     def gather_stages(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Brings the named tensors of all stages of the first replica to rank 0; other ranks get their own back.
+        """Brings copies of the named tensors of all stages of the first replica to rank 0, on the CPU; other ranks get their
+        own back.
 
         Costs rank 0 the tensors of all stages on the CPU, and each sending rank its own.
         """
-        if self.num_stages == 1 or self.replica > 0:
+        if self.replica > 0:
             return tensors
         if not self.is_main:
             with self.watch.waiting("rank 0 to take a checkpoint's tensors"):
                 return self.exchange(tensors, partial(dist.send, dst=0, group=self.group))
-        gathered = {name: tensor.cpu() for name, tensor in tensors.items()}
+        gathered = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         for rank in range(1, self.num_stages):
             with self.watch.waiting(f"rank {rank} (stage {rank}) to send a checkpoint's tensors"):
                 gathered |= self.exchange(None, partial(dist.recv, src=rank, group=self.group))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from loop.distributed.watch import REMEDY, Watch
-from loop.errors import FAILED, FOR_USER, STOPPING, end_process, heeded, name_of, record_exit
+from loop.errors import FAILED, FOR_USER, STOPPING, UNFINISHED, end_process, heeded, name_of, record_exit
 
 SAME_S = 3.0  # signals so close count as one: batch systems signal a rank and its launcher, which passes the signal on
 POLL_S = 0.5
@@ -66,7 +66,8 @@ class Signals:
 
     def __init__(self) -> None:
         self.turns = Turns()
-        self.save: Callable[[int], str] | None = None  # saves the step, on all ranks together, and says what was done
+        # saves the step, on all ranks together, or waits until the save that has begun is done; says what was done
+        self.save: Callable[[int, bool], str] | None = None
         self.updated: Any = None  # on a GPU, what the last update has recorded: it may still be computing
         self.watch, self.store, self.group = Watch(), None, None  # type: Watch, Any, dist.ProcessGroup | None
         self.others: threading.Thread | None = None  # waits for other ranks' signals
@@ -133,6 +134,7 @@ class Signals:
                 if number in STOPPING:
                     name = name_of(number)
                     if self.stopped_at is not None and time.monotonic() - self.stopped_at > SAME_S:
+                        UNFINISHED.clear()
                         end_process(128 + number, lambda: f"stopped at once by a second signal, {name}", head="")
                     self.stop(name, 128 + number)
 
@@ -188,17 +190,17 @@ class Signals:
     def save_last_step(self, unanswered: threading.Timer) -> str:
         turn, is_unready = self.greatest([self.turns.hold(), self.save is None])
         unanswered.cancel()
-        step, is_saved = divmod(turn, 2)
+        step, is_begun = divmod(turn, 2)
         if is_unready or self.save is None or step == 0:
             return "nothing was trained since its start"
         self.turns.finish(turn)
-        if is_saved:
-            return f"step {step} was saved already. {REMEDY}"
+        if is_begun:
+            return f"{self.save(step, True)}. {REMEDY}"
         while self.updated is not None and not self.updated.query():
             time.sleep(0.01)
         # the current stream may wait behind a kernel that hangs
         with torch.cuda.stream(torch.cuda.Stream(self.updated.device)) if self.updated is not None else nullcontext():
-            return f"{self.save(step)}. {REMEDY}"
+            return f"{self.save(step, False)}. {REMEDY}"
 
     def greatest(self, values: list[int]) -> list[int]:
         """The greatest values on any rank; waits for all ranks."""

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from loop.errors import run_command
-from loop.metrics import SAMPLES_FILE, read_metrics
+from loop.line_file import SAMPLES_FILE, read_metrics
 
 LONGEST = 300  # characters shown of a text
 

@@ -3,8 +3,9 @@
 import pytest
 
 from data.audit import audit, coloured, html_page, table
-from data.records import DataConfig
-from data.tokenized import TokenizedRows, load_rows, tokenize
+from data.chat import ChatFormat
+from data.records import DataConfig, Dropped, Row, read_rows
+from data.tokenized import ROWS_AT_ONCE, TokenizedRows, load_rows, tokenize
 
 
 def config(path, **changes):
@@ -34,6 +35,21 @@ def test_bad_rows_stop_with_file_and_line(tokenizer, write_rows, make_row, line,
     path = write_rows([make_row("a", "b"), row])
     with pytest.raises(ValueError, match=f"{path}:{line}: .*data.bad_rows=skip"):
         tokenize(path, tokenizer, config(path))
+
+
+def test_batches_beside_each_other_give_what_one_row_at_a_time_gives(tokenizer, write_rows, make_row):
+    """Ids, flags, lines and counts, in file order, over the ends of batches; some rows are unreadable or refused."""
+    rows = ["{" if i % 50 == 7 else make_row(f"q{i}", "<|im_end|>" if i % 50 == 9 else "x" * (i % 23 + 1))
+            for i in range(3 * ROWS_AT_ONCE + 5)]
+    path = write_rows(rows)
+    made, chat = tokenize(path, tokenizer, config(path, bad_rows="skip")), ChatFormat(tokenizer, "strip")
+    expected = [chat.examples([row])[0] for row in read_rows(path, ("textbook",), "strip") if isinstance(row, Row)]
+    examples = [example for row in expected if not isinstance(row, Dropped) for example in row]
+    assert made.ids_N.tolist() == [number for example in examples for number in example.ids]
+    assert made.supervised_N.tolist() == [flag for example in examples for flag in example.supervised]
+    assert made.lines_E.tolist() == [example.row.line for example in examples]
+    assert made.counts["textbook"].dropped == {"control token in text": sum(isinstance(row, Dropped) for row in expected)}
+    assert made.counts["(unknown)"].dropped == {"not JSON": rows.count("{")}
 
 
 def test_overlong_rows_are_all_named(tokenizer, write_rows, make_row):

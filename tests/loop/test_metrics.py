@@ -4,6 +4,8 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from loop import checkpoint
-from loop.metrics import LineFile, RunLog, read_metrics
+from loop.line_file import LineFile, read_metrics
+from loop.metrics import RunLog
 from tests.processes import Run
 
 ROOT = Path(__file__).parents[2]
@@ -117,8 +120,29 @@ def test_an_error_of_matplotlib_ends_no_run(tmp_path, capsys):
         log.draw_pictures()
     log.close()
     out = capsys.readouterr().out
-    assert out.count("the pictures are not drawn any more: OverflowError: ") == 1, out
+    assert out.count("the pictures are not drawn: OverflowError: ") == 1, out
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_pictures_are_drawn_beside_the_run_and_once_more_at_its_end(tmp_path):
+    log = RunLog(tmp_path, str(tmp_path / "log"), CPU, enabled=True)
+    log.start(0, 5)
+    log.record({"step": 1, "loss": 2.0})
+    log.draw_pictures()
+    beside, picture = log.drawing, tmp_path / "curves.png"
+    log.draw_pictures()
+    assert log.drawing is beside, "one at a time"
+    assert not picture.exists() and beside.wait(60) == 0
+    first = picture.read_bytes()
+    log.record({"step": 2, "loss": 1.0})
+    log.close()
+    assert picture.read_bytes() != first and (tmp_path / "memory.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "memory.png", "metrics.jsonl", "memory.jsonl", "log"}
+
+
+def test_pictures_are_not_drawn_on_when_the_run_is_gone(tmp_path):
+    command = [sys.executable, "-m", "loop.curves", tmp_path, "resident", "1"]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 1 and not list(tmp_path.iterdir())
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

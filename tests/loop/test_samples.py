@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loop.metrics import SAMPLES_FILE
+from loop.line_file import SAMPLES_FILE
 from loop.run import for_samples
 
 

@@ -8,8 +8,9 @@ import torch
 
 from loop.curves import draw_memory
 from loop.distributed.groups import Ranks
+from loop.line_file import read_metrics
 from loop.memory.phases import Memory
-from loop.metrics import RunLog, read_metrics
+from loop.metrics import RunLog
 
 ALONE = Ranks()
 CPU = torch.device("cpu")
