@@ -1,14 +1,16 @@
-"""Measures this trainer against TRL's SFTTrainer: same rows, model, adapters and precision, in turn on this machine.
-Each run is a fresh process; what is measured is tokens a second after the first step, and peak memory.
+"""Measures this trainer against TRL's SFTTrainer, and against itself at another commit: same rows, model and adapters, in turn.
+Each run is a fresh process; what is measured is tokens a second after the first two steps, and peak memory.
 
-python bench/vs_trl.py            # prints the table, about 20 minutes on 2 cores
-python bench/vs_trl.py --quick    # is everything installed? a small run, too short to be believed
-python bench/vs_trl.py --write    # also puts the table into bench/README.md
+python bench/vs_trl.py                      # prints the table, about 25 minutes on 2 cores
+python bench/vs_trl.py --against COMMIT     # also this trainer as it was at that commit
+python bench/vs_trl.py --quick              # is everything installed? a small run, too short to be believed
+python bench/vs_trl.py --write              # also puts the table into bench/README.md
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -32,6 +34,9 @@ MICROBATCH_TOKENS = 1024  # two rows: how a step is cut changes nothing but memo
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SYSTEM = "You are a chess coach. Comment on the move that was played: the idea behind it, and what was better."
 README_TITLE = "## Against TRL"
+# 4 operations a weight: the linears at every token, the head at the fifth that is supervised
+FLOPS_A_TOKEN = 4 * (30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49_152 * 576 / 5)
+NUM_STARTING = 2  # steps that are not counted: in these, kernels are compiled and memory is counted tensor by tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Contender:
     name: str
     is_trl: bool
     settings: tuple[str, ...] = ()  # key=value
+    commit: str = ""  # of this project; "" for the working tree
 
 
 @dataclass
@@ -49,19 +55,20 @@ class Runs:
 
     tokens_per_s: list[float] = field(default_factory=list)
     peak_gib: list[float] = field(default_factory=list)
+    start_s: list[float] = field(default_factory=list)  # the first steps that are not counted, together
     supervised: int = 0  # tokens with a loss, in all rows
     first_loss: float = 0.0  # of the first step, before anything was learned
 
 
-def contenders(precision: str) -> list[Contender]:
-    """TRL as it comes and as it is fastest, and this trainer, each with and without recomputation, one process each."""
-    base = "float32" if precision == "float32" else "bf16"
+def contenders(precision: str, commit: str, extra: list[str]) -> list[Contender]:
+    """TRL as it comes and as it is fastest, and this trainer, each with and without recomputation, one process each. TRL has no
+    int8 that trains on a CPU."""
     ours = [
-        Contender("this trainer" + ", recompute" * (recompute == "true"), False,
-                  settings=(f"model.base={base}", f"train.recompute={recompute}"))
-        for recompute in ("false", "true")
+        Contender(f"this trainer{f' at {of}' * bool(of)}{', recompute' * (recompute == 'true')}", False,
+                  (f"model.base={precision}", f"train.recompute={recompute}", *(() if of else extra)), of)
+        for recompute in ("false", "true") for of in dict.fromkeys((commit, ""))
     ]
-    return [
+    return ours if precision == "int8" else [
         Contender("TRL, its defaults", True),
         Contender("TRL, gradient_checkpointing=False", True, settings=("gradient_checkpointing=false",)),
         *ours,
@@ -162,12 +169,12 @@ def trl_command(model_dir: Path, rows: Path, precision: str, contender: Contende
     return [*worker, str(model_dir), str(rows), precision, str(out), *contender.settings]
 
 
-def our_command(model_dir: Path, rows: Path, contender: Contender) -> list[str]:
+def our_command(model_dir: Path, rows: Path, contender: Contender, code: Path) -> list[str]:
     """The product's own entry point."""
     return [
-        sys.executable, str(REPO / "train.py"), "--config", str(REPO / "configs/demo.yaml"), "run=bench", "log=/dev/null",
+        sys.executable, str(code / "train.py"), "--config", str(code / "configs/demo.yaml"), "run=bench", "log=/dev/null",
         f"model.path={model_dir}", f"data.train={rows}", f"data.eval={rows}", f"data.max_tokens={MAX_TOKENS}",
-        "eval.max_rows=1", "eval.every=100000", f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
+        "eval.max_rows=1", "eval.every=100000", "eval.samples=0", f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
         f"train.rows_per_step={ROWS_A_STEP}", f"train.microbatch_tokens={MICROBATCH_TOKENS}",
         f"train.learning_rate={RATE}", "train.optimizer=adamw", *contender.settings,
     ]
@@ -223,10 +230,15 @@ def run_once(contender: Contender, precision: str, model_dir: Path, rows: Path, 
         RuntimeError: it failed; its output is in the message.
     """
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "out.json"
+        out, code = Path(directory) / "out.json", REPO
+        if contender.commit:
+            code = Path(directory) / "code"
+            code.mkdir()
+            archive = subprocess.run(["git", "archive", contender.commit], cwd=REPO, stdout=subprocess.PIPE, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", str(code)], input=archive, check=True)
         command = (trl_command(model_dir, rows, precision, contender, out) if contender.is_trl
-                   else our_command(model_dir, rows, contender))
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+                   else our_command(model_dir, rows, contender, code))
+        environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": str(os.cpu_count() or 1),
                        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         with open(Path(directory) / "output", "w+b") as output:
             process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -248,16 +260,39 @@ def run_once(contender: Contender, precision: str, model_dir: Path, rows: Path, 
             runs.supervised, runs.first_loss = sum(step["supervised_tokens"] for step in steps), steps[0]["loss"]
             seconds, tokens = [step["step_s"] for step in steps], [step["tokens"] for step in steps]
         assert sum(tokens) == sum(lengths), "the two sides did not see the same tokens"
-        runs.tokens_per_s.append(sum(tokens[1:]) / sum(seconds[1:]))
+        runs.tokens_per_s.append(sum(tokens[NUM_STARTING:]) / sum(seconds[NUM_STARTING:]))
+        runs.start_s.append(sum(seconds[:NUM_STARTING]))
         runs.peak_gib.append(peak_gib)
 
 
-def measure(precisions: list[str], num_steps: int, repeats: int, only: str) -> dict[tuple[str, Contender], Runs]:
-    """All contenders in turn, the whole round repeated, so that what else happens on the machine hits all alike."""
+def matmul_rate() -> float:
+    """Operations a second of bf16 matmuls of a microbatch with the model's linears, forward and for the input's gradient."""
+    import torch
+
+    took = flops = 0.0
+    for num_in, num_out, count in ((576, 576, 2), (576, 192, 2), (576, 1536, 2), (1536, 576, 1)):
+        x, w, dy = (torch.randn(*shape).bfloat16() for shape in (
+            (MICROBATCH_TOKENS, num_in), (num_out, num_in), (MICROBATCH_TOKENS, num_out)))
+        times = []
+        for _ in range(20):
+            started = time.perf_counter()
+            x @ w.T, dy @ w
+            times.append(time.perf_counter() - started)
+        took += count * statistics.median(times)
+        flops += count * 4 * MICROBATCH_TOKENS * num_in * num_out
+    return flops / took
+
+
+def measure(
+    precisions: list[str], num_steps: int, repeats: int, only: list[str], commit: str, extra: list[str]
+) -> tuple[dict[tuple[str, Contender], Runs], list[float]]:
+    """All contenders in turn, the whole round repeated, so that what else happens on the machine hits all alike; and the rates
+    of matmuls alone, between the rounds."""
     from model.smollm2 import demo_model
 
     model_dir = demo_model()
     results: dict[tuple[str, Contender], Runs] = {}
+    rates: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows.jsonl"
         write_rows(rows, num_steps * ROWS_A_STEP)
@@ -265,16 +300,17 @@ def measure(precisions: list[str], num_steps: int, repeats: int, only: str) -> d
         print(f"{len(lengths)} rows of {statistics.mean(lengths):.0f} tokens ({min(lengths)} to {max(lengths)})",
               file=sys.stderr)
         for _ in range(repeats):
+            rates.append(matmul_rate())
             for precision in precisions:
-                for contender in contenders(precision):
-                    if only not in contender.name:
+                for contender in contenders(precision, commit, extra):
+                    if only and contender.name not in only:
                         continue
                     runs = results.setdefault((precision, contender), Runs())
                     run_once(contender, precision, model_dir, rows, lengths, runs)
                     print(f"{precision}  {contender.name}: {runs.tokens_per_s[-1]:.0f} tokens/s, "
-                          f"{runs.peak_gib[-1]:.2f} GiB, first loss {runs.first_loss:.4f}, {runs.supervised} supervised",
-                          file=sys.stderr, flush=True)
-    return results
+                          f"{runs.peak_gib[-1]:.2f} GiB, start {runs.start_s[-1]:.0f} s, first loss {runs.first_loss:.4f}, "
+                          f"{runs.supervised} supervised", file=sys.stderr, flush=True)
+    return results, rates
 
 
 # ---- the table ----
@@ -284,32 +320,46 @@ def spread(values: list[float], digits: int) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
-def table(results: dict[tuple[str, Contender], Runs]) -> str:
-    """Medians with their range; ours also as ratios to each of TRL's configurations in the same precision."""
+def table(results: dict[tuple[str, Contender], Runs], rates: list[float]) -> str:
+    """Medians with their range. This trainer's ratios are medians over the rounds: to each of TRL's configurations in the same
+    precision, and to itself at the other commit with the same recomputation."""
     theirs = list(dict.fromkeys(contender for _, contender in results if contender.is_trl))
+    before = [contender for _, contender in results if contender.commit]
     columns = [f"x {contender.name}: tokens/s, memory" for contender in theirs]
-    lines = ["| precision | | tokens/s | peak memory, GiB | " + "".join(f"{column} | " for column in columns),
-             "|---|---|---|---|" + "---|" * len(columns)]
+    columns += [f"x itself at {before[0].commit}: tokens/s, memory"] if before else []
+    lines = ["| precision | | tokens/s | of bf16 matmul | peak memory, GiB | first steps, s | "
+             + "".join(f"{column} | " for column in columns), "|---|---|---|---|---|---|" + "---|" * len(columns)]
     for (precision, contender), runs in results.items():
-        ratios = []
-        for other in theirs:
-            compared = results.get((precision, other))
-            if contender.is_trl or compared is None:
-                ratios.append("")
-                continue
-            speed = statistics.median(runs.tokens_per_s) / statistics.median(compared.tokens_per_s)
-            memory = statistics.median(runs.peak_gib) / statistics.median(compared.peak_gib)
-            ratios.append(f"{speed:.2f}, {memory:.2f}")
-        cells = [precision, contender.name, spread(runs.tokens_per_s, 0), spread(runs.peak_gib, 2), *ratios]
+        others = [(precision, other) for other in theirs]
+        if before:
+            recompute = contender.name.partition(",")[2]
+            others += [key for key in results if key[0] == precision and key[1].commit
+                       and key[1].name.partition(",")[2] == recompute]
+        is_new = not contender.is_trl and not contender.commit
+        ratios = [f"{ratio(runs.tokens_per_s, results[other].tokens_per_s)}, {ratio(runs.peak_gib, results[other].peak_gib)}"
+                  if is_new and other in results else "" for other in others]
+        share = statistics.median(runs.tokens_per_s) * FLOPS_A_TOKEN / statistics.median(rates)
+        cells = [precision, contender.name, spread(runs.tokens_per_s, 0), f"{share:.0%}", spread(runs.peak_gib, 2),
+                 f"{statistics.median(runs.start_s):.0f}", *ratios]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def describe(num_steps: int, repeats: int) -> str:
+def ratio(values: list[float], others: list[float]) -> str:
+    return f"{statistics.median(value / other for value, other in zip(values, others)):.2f}"
+
+
+def describe(num_steps: int, repeats: int, rates: list[float]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    return (f"SmolLM2-135M-Instruct, LoRA {RANK} on 7 projections, {ROWS_A_BATCH} x {ACCUMULATION} rows of about 510 "
-            f"tokens a step, {num_steps} steps without the first, {repeats} run(s) each: median (least to most).\n"
-            f"{platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}.")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout.strip()
+    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                      if line.startswith("model name")), platform.machine())
+    return (f"{datetime.date.today()}, commit {commit}. SmolLM2-135M-Instruct, LoRA {RANK} on 7 projections, {ROWS_A_BATCH} x "
+            f"{ACCUMULATION} rows of about 510\ntokens a step, {num_steps} steps, the first {NUM_STARTING} not counted, "
+            f"{repeats} run(s) each in turn: median (least to most).\nbf16 matmuls of these shapes alone: "
+            f"{spread([rate / 1e9 for rate in rates], 0)} GFLOP/s; the share counts {FLOPS_A_TOKEN / 1e6:.0f} M operations a "
+            f"token, 4 a weight.\n{processor}, {os.cpu_count()} cores, a load of {os.getloadavg()[2]:.1f} at the end; "
+            f"{platform.system()}, Python {platform.python_version()}, {packages}.")
 
 
 def write_section(path: Path, text: str) -> None:
@@ -327,19 +377,23 @@ def main() -> None:
         train_with_trl(model_dir, rows, precision, settings, out)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run; the first is not counted")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run; the first two are not counted")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contender")
-    parser.add_argument("--precision", action="append", choices=("float32", "bf16"), help="default: both")
-    parser.add_argument("--only", default="", help="contenders whose name holds this")
-    parser.add_argument("--quick", action="store_true", help="2 steps, 1 run")
+    parser.add_argument("--precision", action="append", choices=("float32", "bf16", "int8"),
+                        help="default: float32 and bf16")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="contenders with this name alone")
+    parser.add_argument("--against", default="", metavar="COMMIT", help="also this trainer at another commit")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of this trainer's runs")
+    parser.add_argument("--quick", action="store_true", help="3 steps, 1 run")
     parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
     arguments = parser.parse_args()
-    steps, repeats = (2, 1) if arguments.quick else (arguments.steps, arguments.repeats)
-    if steps < 2 or repeats < 1:
-        parser.error("expected at least 2 steps and 1 repeat")
+    steps, repeats = (NUM_STARTING + 1, 1) if arguments.quick else (arguments.steps, arguments.repeats)
+    if steps <= NUM_STARTING or repeats < 1:
+        parser.error(f"expected at least {NUM_STARTING + 1} steps and 1 repeat")
     sys.path.insert(0, str(REPO))
-    results = measure(arguments.precision or ["float32", "bf16"], steps, repeats, arguments.only)
-    text = f"{describe(steps, repeats)}\n\n{table(results)}"
+    results, rates = measure(arguments.precision or ["float32", "bf16"], steps, repeats, arguments.only, arguments.against,
+                             arguments.set)
+    text = f"{describe(steps, repeats, rates)}\n\n{table(results, rates)}"
     print(text)
     if arguments.write:
         write_section(REPO / "bench/README.md", text)
