@@ -16,13 +16,15 @@ SUPERVISED, CONTEXT, RESET = "\033[1;32m", "\033[2m", "\033[0m"
 
 
 def audit(splits: dict[str, TokenizedRows], stop_id: int) -> dict[str, Any]:
-    """Counts per source over all splits, and each split's own: `{"sources": {...}, "splits": {NAME: {...}}}`."""
+    """Counts per source over all splits, each split's own, and the rows that cannot be trained on, by split:
+    `{"sources": {...}, "splits": {NAME: {...}}, "problems": {NAME: [...]}}`."""
     by_split = {name: audit_split(rows, stop_id) for name, rows in splits.items()}
+    problems = {name: [asdict(problem) for problem in rows.problems] for name, rows in splits.items()}
     together: dict[str, Any] = {}
     for sources in by_split.values():
         for source, counts in sources.items():
             together[source] = add(together[source], counts) if source in together else counts
-    return {"sources": {name: without_percentiles(c) for name, c in together.items()}, "splits": by_split}
+    return {"sources": {name: without_percentiles(c) for name, c in together.items()}, "splits": by_split, "problems": problems}
 
 
 def audit_split(rows: TokenizedRows, stop_id: int) -> dict[str, Any]:

@@ -3,36 +3,19 @@ Holds one row at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Iterator, Literal, NamedTuple, Sequence, TypeVar
+from typing import Iterator, NamedTuple, Sequence, TypeVar
 
+from data.config import DataConfig
 from data.files import open_regular
 from data.limits import MAX_RENDERED, MAX_ROW_BYTES, MAX_TURNS, bounded_lines
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which rows are trained on, and what happens to those that do not fit."""
-
-    train: str  # JSONL file of training rows
-    eval: str  # JSONL file of held-out rows
-    sources: tuple[str, ...]  # rows with another metadata.source are dropped and counted
-    think: Literal["strip", "keep"] = "strip"  # <think> blocks of answers: removed, or supervised with the answer
-    max_tokens: int = 8192  # longest example, prompt and answer together
-    overlong: Literal["error", "drop", "truncate"] = "error"  # what happens to rows longer than max_tokens
-    bad_rows: Literal["error", "skip"] = "error"  # what happens to rows that cannot be read
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.max_tokens <= 2**24:  # positions are 32-bit numbers
-            raise ValueError(f"data.max_tokens is {self.max_tokens}, expected at least 2 and at most {2**24:,}")
-        if not self.sources:
-            raise ValueError("data.sources is empty: name at least one metadata.source, such as [textbook]")
 
 
 class Turn(NamedTuple):
@@ -50,6 +33,7 @@ class Row:
     source: str
     messages: tuple[dict[str, str], ...]  # role and content; assistant contents in canonical form
     turns: tuple[Turn, ...]  # one for each assistant message, in order
+    place: float = 0.0  # from 0 to 1, by a hash of the messages alone; decides whether the row is held out
 
     @property
     def rendered_characters(self) -> int:
@@ -68,10 +52,28 @@ class Dropped:
     bad: bool  # False: left out as configured (another source); True: the row is broken
 
 
-def bad_row(path: str, dropped: Dropped) -> str:
-    """What to say of a row that cannot be trained on: where, what was found, and what to do."""
-    return (f"{path}:{dropped.line}: {dropped.reason}" + (f": {dropped.detail}" if dropped.detail else "")
-            + ". Mend the row, or leave such rows out with data.bad_rows=skip")
+def described(path: str, dropped: Dropped) -> str:
+    """Where a row stands, and what was found."""
+    return f"{path}:{dropped.line}: {dropped.reason}" + (f": {dropped.detail}" if dropped.detail else "")
+
+
+def refuse(config: DataConfig, split: str, problems: Sequence[Dropped]) -> None:
+    """Raises:
+        ValueError: the run refuses some of these rows; says where they are, what was found, and what to do.
+    """
+    refused = [problem for problem in problems if config.refuses(problem.reason == OVERLONG)]
+    if not refused:
+        return
+    path = config.file(split)
+    lines = [described(path, problem) for problem in refused[:MAX_SHOWN]]
+    if len(refused) > MAX_SHOWN:
+        lines.append(f"and {len(refused) - MAX_SHOWN:,} more: `python -m loop.inspect` with the same configuration lists all")
+    remedies = {True: "Raise data.max_tokens, or choose data.overlong=drop or data.overlong=truncate",
+                False: "Mend the row, or leave such rows out with data.bad_rows=skip"}
+    what_to_do = [remedies[is_overlong] for is_overlong in dict.fromkeys(row.reason == OVERLONG for row in refused)]
+    if len(refused) == 1:
+        raise ValueError(f"{lines[0]}. {what_to_do[0]}")
+    raise ValueError("\n".join([f"{len(refused):,} rows of {path} cannot be trained on:", *lines, *what_to_do]))
 
 
 class BadRow(Exception):
@@ -83,16 +85,50 @@ class BadRow(Exception):
 
 
 ROLES = ("system", "user", "assistant")
+OVERLONG = "over max_tokens"  # the reason of rows that are longer than data.max_tokens
+MAX_SHOWN = 20  # rows that an error lists
+NO_SOURCE = "(none)"  # the source of a row without metadata.source, where all sources are trained on
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+EXPECTED = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
-def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterator[Row | Dropped]:
-    """Reads a JSONL file row by row; skips blank lines, but counts them as lines.
+def read_split(config: DataConfig, split: str) -> Iterator[Row | Dropped]:
+    """The rows of a split, `train` or `eval`, in the order of its file.
+
+    Where `data.eval` is a share or a number, rows of the training file are held out by the hash of their messages: shuffling
+    the file or adding rows moves no other row (a number moves as many as were added at most), and equal rows stay together.
+    Rows that cannot be read then count as training rows.
+
+    Raises:
+        ValueError: as `read_rows`; or the number leaves no rows to train on.
+    """
+    rows, number = read_rows(config, split), config.held_out
+    if number is None:
+        yield from rows
+        return
+    bound = number if number < 1 else place_of(int(number), config)
+    for row in rows:
+        if (isinstance(row, Row) and row.place < bound) == (split == "eval"):
+            yield row
+
+
+def place_of(number: int, config: DataConfig) -> float:
+    """The bound below which so many of the training rows have their place."""
+    places = sorted(row.place for row in read_rows(config, "train") if isinstance(row, Row))
+    if len(places) <= number:
+        raise ValueError(f"data.eval is {number:,}, but {config.train} has {len(places):,} rows that could be trained on. Hold "
+                         "fewer of them out, or name a file of held-out rows")
+    return places[number]
+
+
+def read_rows(config: DataConfig, split: str) -> Iterator[Row | Dropped]:
+    """Reads the JSONL file of a split row by row; skips blank lines, but counts them as lines.
 
     Raises:
         ValueError: the file is missing, is no regular file, or may not be read.
     """
-    with open_rows(path) as file:
+    with open_rows(config.file(split)) as file:
         for line, (raw, num_bytes) in enumerate(bounded_lines(file), start=1):
             if raw.isspace():
                 continue
@@ -101,24 +137,25 @@ def read_rows(path: str | Path, sources: tuple[str, ...], think: str) -> Iterato
                 if num_bytes > MAX_ROW_BYTES:
                     raise BadRow("row too long", f"the line has {num_bytes:,} bytes, allowed are {MAX_ROW_BYTES:,}")
                 record = parse_json(raw, first=line == 1)
-                source = read_source(record)
-                if source in sources:
-                    yield read_row(record, line, source, think)
+                source = read_source(record, config)
+                if config.takes(source):
+                    yield read_row(record, line, source, config.think)
                 else:
                     yield Dropped(line, source, "source not in data.sources", f"metadata.source is {source!r}", bad=False)
             except BadRow as bad:
                 yield Dropped(line, source, bad.reason, bad.detail, bad=True)
 
 
-def one_answer_rows(path: str | Path, sources: tuple[str, ...], think: str) -> list[Row]:
-    """The rows of one question and one answer.
+def one_answer_rows(config: DataConfig) -> list[Row]:
+    """The held-out rows of one question and one answer.
 
     Raises:
         ValueError: there is none.
     """
-    rows = [row for row in read_rows(path, sources, think) if isinstance(row, Row) and len(row.turns) == 1]
+    rows = [row for row in read_split(config, "eval") if isinstance(row, Row) and len(row.turns) == 1]
     if not rows:
-        raise ValueError(f"{path}: no row of one question and one answer from {', '.join(sources)}")
+        wanted = f" from {', '.join(config.sources)}" if config.sources else ""
+        raise ValueError(f"{config.file('eval')}: no held-out row of one question and one answer{wanted}")
     return rows
 
 
@@ -149,10 +186,12 @@ def parse_json(raw: bytes, first: bool) -> dict:
     return record
 
 
-def read_source(record: dict) -> str:
+def read_source(record: dict, config: DataConfig) -> str:
     metadata = record.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("source"), str):
-        raise BadRow("metadata.source missing", f"metadata is {str(metadata)[:80]}")
+        if config.sources is None:
+            return NO_SOURCE
+        raise BadRow("metadata.source missing", f"metadata is {str(metadata)[:80]}; data.sources=null takes rows without it")
     check_unicode("metadata.source", metadata["source"])
     return metadata["source"]
 
@@ -160,8 +199,12 @@ def read_source(record: dict) -> str:
 def read_row(record: dict, line: int, source: str, think: str) -> Row:
     """Checks the roles, parses every answer, and puts assistant contents into canonical form."""
     messages = record.get("messages")
+    if messages is None and isinstance(record.get("conversations"), list):
+        messages = from_sharegpt(record["conversations"])
     if not isinstance(messages, list) or not messages:
-        raise BadRow("messages missing", f"expected a non-empty list, found {str(messages)[:80]}")
+        there = f"the row has {', '.join(record)[:80] or 'no key'}"
+        found = f"messages is {str(messages)[:80]}" if "messages" in record else there
+        raise BadRow("messages missing", f"{found}; expected {EXPECTED}")
     if len(messages) > 2 * MAX_TURNS + 1:
         raise BadRow("too many turns", f"found {len(messages):,} messages, allowed are {2 * MAX_TURNS + 1}")
     for index, message in enumerate(messages):
@@ -176,11 +219,23 @@ def read_row(record: dict, line: int, source: str, think: str) -> Row:
             turns.append(turn)
             content = turn.answer if turn.thought is None else thought_and_answer(turn.thought, turn.answer)
         canonical.append({"role": message["role"], "content": content})
-    row = Row(line, source, tuple(canonical), tuple(turns))
+    row = Row(line, source, tuple(canonical), tuple(turns), hashed(messages))
     if row.rendered_characters > MAX_RENDERED:
         raise BadRow("row too long", f"{len(turns)} turns repeat up to {row.rendered_characters:,} characters, allowed are "
                      f"{MAX_RENDERED:,}")
     return row
+
+
+def from_sharegpt(conversations: list) -> list:
+    """ShareGPT's `from` and `value` as `role` and `content`; what is neither stays as it is, and is refused by its name."""
+    return [{"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+            if isinstance(turn, dict) and "from" in turn else turn for turn in conversations]
+
+
+def hashed(messages: list) -> float:
+    """A number from 0 to 1 that is the same for the same messages, whatever stands beside them in their row."""
+    said = [(message["role"], message["content"].strip()) for message in messages]
+    return int.from_bytes(hashlib.sha256(json.dumps(said).encode()).digest()[:6]) / 2**48
 
 
 def check_message(index: int, message: object) -> None:

@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from data.cache import read_tensors, write_tensors
 from data.chat import ChatFormat, Example, Rendered
+from data.config import DataConfig
 from data.files import clear_partial
 from data.limits import MAX_RENDERED
-from data.records import DataConfig, Dropped, Row, bad_row, open_rows, read_rows
+from data.records import OVERLONG, Dropped, Row, open_rows, read_split, refuse
 
-FORMAT = 3  # increase FORMAT when ids or masks of the same rows change, so that old caches are not read
+FORMAT = 4  # increase FORMAT when ids or masks of the same rows change, so that old caches are not read
 ROWS_AT_ONCE = 128
-MAX_ERRORS_SHOWN = 5
+MAX_SOURCES_SHOWN = 5
 
 
 @dataclass
@@ -61,6 +62,7 @@ class TokenizedRows:
     sources_E: Tensor  # int32 index into `sources`
     sources: list[str]
     counts: dict[str, SourceCounts]
+    problems: list[Dropped] = field(default_factory=list)  # rows that were left out and should not have been there
 
     def __len__(self) -> int:
         return len(self.lines_E)
@@ -76,7 +78,8 @@ class TokenizedRows:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as tensors, to be saved or sent; `from_tensors` is the inverse."""
-        meta = {"path": self.path, "sources": self.sources, "counts": {k: asdict(v) for k, v in self.counts.items()}}
+        meta = {"path": self.path, "sources": self.sources, "counts": {k: asdict(v) for k, v in self.counts.items()},
+                "problems": [asdict(problem) for problem in self.problems]}
         return {
             "ids": self.ids_N,
             "supervised": self.supervised_N,
@@ -93,28 +96,32 @@ class TokenizedRows:
         ids_N, supervised_N, starts_E1, lines_E, sources_E = (
             tensors[name] for name in ("ids", "supervised", "starts", "lines", "sources")
         )
-        return cls(meta["path"], ids_N, supervised_N, starts_E1, lines_E, sources_E, meta["sources"], counts)
+        problems = [Dropped(**problem) for problem in meta["problems"]]
+        return cls(meta["path"], ids_N, supervised_N, starts_E1, lines_E, sources_E, meta["sources"], counts, problems)
 
 
 def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -> TokenizedRows:
-    """Tokenizes the file of a split (`train` or `eval`), or reads the cache of the same rows and settings.
+    """Tokenizes the rows of a split (`train` or `eval`), or reads the cache of the same rows and settings.
 
     A damaged cache is said on stderr and made again.
 
     Raises:
         ValueError: what `tokenize` and `ChatFormat` raise; or the cache cannot be written.
     """
-    path = {"train": config.train, "eval": config.eval}[split]
     ChatFormat(tokenizer, config.think)  # raises for an unsuitable tokenizer before it is used
     clear_partial(cache_dir)
-    cached = cache_dir / f"{split}-{fingerprint(path, tokenizer, config)}.safetensors"
+    cached = cache_dir / f"{split}-{fingerprint(split, tokenizer, config)}.safetensors"
+    rows = None
     try:
         tensors = read_tensors(cached)
         if tensors is not None:
-            return replace(TokenizedRows.from_tensors(tensors), path=path)
+            rows = replace(TokenizedRows.from_tensors(tensors), path=config.file(split))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of `meta` not as it was written
         print(f"{cached}: damaged ({' '.join(str(error).split())[:200]}), so it is made again", file=sys.stderr)
-    rows = tokenize(path, tokenizer, config)
+    if rows is not None:
+        refuse(config, split, rows.problems)
+        return rows
+    rows = tokenize(split, tokenizer, config)
     try:
         write_tensors(cached, rows.to_tensors(), replaces=f"{split}-*")
     except (OSError, SafetensorError) as error:
@@ -122,40 +129,46 @@ def load_rows(split: str, tokenizer: Any, config: DataConfig, cache_dir: Path) -
     return rows
 
 
-def fingerprint(path: str, tokenizer: Any, config: DataConfig) -> str:
+def fingerprint(split: str, tokenizer: Any, config: DataConfig) -> str:
     """A hash of all that determines ids and masks: data, tokenizer, chat template and settings."""
-    with open_rows(path) as file:
+    with open_rows(config.file(split)) as file:
         digest = hashlib.file_digest(file, "sha256")
-    policy = {name: value for name, value in asdict(config).items() if name not in ("train", "eval")}
+    # what a run refuses is left out of the tensors, as what it drops is
+    policy = {"sources": config.sources, "think": config.think, "max_tokens": config.max_tokens,
+              "truncate": config.overlong == "truncate", "held out": config.held_out, "split": config.held_out and split}
     for part in (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, json.dumps(policy), str(FORMAT)):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 
 
-def tokenize(path: str, tokenizer: Any, config: DataConfig) -> TokenizedRows:
-    """Reads, renders and tokenizes every row of a file, with a progress bar.
+def tokenize(split: str, tokenizer: Any, config: DataConfig) -> TokenizedRows:
+    """Reads, renders and tokenizes every row of a split, with a progress bar.
 
     Raises:
-        ValueError: the first bad row (`bad_rows: error`), rows over max_tokens (`overlong: error`), each with file
-            and line; or no row was left.
+        ValueError: rows that cannot be read (`bad_rows: error`) or are over max_tokens (`overlong: error`), each with file and
+            line; or no row was left.
     """
-    flat = FlatExamples(path, config)
-    for outcome in outcomes(path, ChatFormat(tokenizer, config.think), config):
+    flat = FlatExamples(split, config)
+    for outcome in outcomes(split, ChatFormat(tokenizer, config.think), config):
         flat.add_dropped(outcome) if isinstance(outcome, Dropped) else flat.add_row(outcome)
     return flat.finish()
 
 
-def outcomes(path: str, chat: ChatFormat, config: DataConfig) -> Iterator[list[Example] | Dropped]:
+def outcomes(split: str, chat: ChatFormat, config: DataConfig) -> Iterator[list[Example] | Dropped]:
     """Each row's examples, or why the row is dropped; in file order, except that each batch begins with its unreadable rows.
-    A batch is read and rendered while the one before is tokenized."""
+    A batch is read and rendered while the one before is tokenized. After a row that the run refuses no more are tokenized; they
+    are read, for the other rows that it refuses."""
+    is_refused = False
     with ThreadPoolExecutor(1, "tokenize") as thread:
         before: Iterable[list[Example] | Dropped] = ()
-        for batch in batched(with_progress(path, read_rows(path, config.sources, config.think))):
-            rows = [row for row in batch if isinstance(row, Row)]
+        for batch in batched(with_progress(config.file(split), read_split(config, split))):
+            dropped = [row for row in batch if isinstance(row, Dropped)]
+            is_refused |= any(row.bad for row in dropped) and config.refuses(is_overlong=False)
+            rows = [] if is_refused else [row for row in batch if isinstance(row, Row)]
             rendered = chat.render(rows)
             encoding = thread.submit(chat.encode, rendered)
             yield from before
-            yield from (row for row in batch if isinstance(row, Dropped))
+            yield from dropped
             before = joined(chat, rows, rendered, encoding)
         yield from before
 
@@ -194,19 +207,20 @@ def with_progress(path: str, rows: Iterator[Row | Dropped]) -> Iterator[Row | Dr
 class FlatExamples:
     """Collects examples into flat arrays and counts what happens to each row."""
 
-    def __init__(self, path: str, config: DataConfig) -> None:
-        self.path, self.config = path, config
+    def __init__(self, split: str, config: DataConfig) -> None:
+        self.split, self.config, self.path = split, config, config.file(split)
         self.ids, self.supervised, self.starts = array("i"), array("B"), array("q", [0])
         self.lines, self.source_indices = array("i"), array("i")
-        self.counts: dict[str, SourceCounts] = {source: SourceCounts() for source in config.sources}
-        self.overlong: list[str] = []
+        self.sources = list(config.sources or ())
+        self.counts: dict[str, SourceCounts] = {source: SourceCounts() for source in self.sources}
+        self.problems: list[Dropped] = []
 
     def source(self, name: str) -> SourceCounts:
         return self.counts.setdefault(name, SourceCounts())
 
     def add_dropped(self, dropped: Dropped) -> None:
-        if dropped.bad and self.config.bad_rows == "error":
-            raise ValueError(bad_row(self.path, dropped))
+        if dropped.bad:
+            self.problems.append(dropped)
         counts = self.source(dropped.source)
         counts.rows += 1
         counts.drop(dropped.reason)
@@ -216,13 +230,11 @@ class FlatExamples:
         counts = self.source(row.source)
         counts.rows += 1
         longest = max(len(example.ids) for example in examples)
-        if longest > self.config.max_tokens:
-            if self.config.overlong == "error":
-                self.overlong.append(f"{self.path}:{row.line} ({longest:,} tokens)")
-                return
-            if self.config.overlong == "drop":
-                counts.drop("over max_tokens")
-                return
+        if longest > self.config.max_tokens and self.config.overlong != "truncate":
+            counts.drop(OVERLONG)
+            found = f"{longest:,} tokens, and data.max_tokens is {self.config.max_tokens:,}"
+            self.problems.append(Dropped(row.line, row.source, OVERLONG, found, bad=True))
+            return
         kept = [example for example in examples if True in example.supervised[: self.config.max_tokens]]
         if not kept:
             counts.drop("truncated before any answer")
@@ -238,24 +250,21 @@ class FlatExamples:
         self.supervised.frombytes(supervised)
         self.starts.append(len(self.ids))
         self.lines.append(example.row.line)
-        self.source_indices.append(list(self.config.sources).index(example.row.source))
+        if example.row.source not in self.sources:
+            self.sources.append(example.row.source)
+        self.source_indices.append(self.sources.index(example.row.source))
         counts.examples += 1
         counts.truncated += len(ids) < len(example.ids)
         counts.tokens += len(ids)
         counts.supervised_tokens += supervised.count(1)
 
     def finish(self) -> TokenizedRows:
-        if self.overlong:
-            shown = ", ".join(self.overlong[:MAX_ERRORS_SHOWN]) + (", ..." if len(self.overlong) > MAX_ERRORS_SHOWN else "")
-            raise ValueError(
-                f"{len(self.overlong)} row(s) are longer than data.max_tokens={self.config.max_tokens}: {shown}. "
-                "Raise data.max_tokens, or choose data.overlong=drop or data.overlong=truncate"
-            )
+        refuse(self.config, self.split, self.problems)
         if not self.lines:
             found = "; ".join(f"{name[:80]}: {c.rows} rows, dropped {c.dropped}"
-                              for name, c in islice(self.counts.items(), MAX_ERRORS_SHOWN))
+                              for name, c in islice(self.counts.items(), MAX_SOURCES_SHOWN))
             raise ValueError(
-                f"{self.path}: no row is left to train on. data.sources is {list(self.config.sources)}; found {found}"
+                f"{self.path}: no row is left of the {self.split} rows. data.sources is {self.config.sources}; found {found}"
             )
         return TokenizedRows(
             self.path,
@@ -264,6 +273,7 @@ class FlatExamples:
             torch.frombuffer(self.starts, dtype=torch.int64),
             torch.frombuffer(self.lines, dtype=torch.int32),
             torch.frombuffer(self.source_indices, dtype=torch.int32),
-            sources=list(self.config.sources),
+            sources=self.sources,
             counts=self.counts,
+            problems=self.problems,
         )

@@ -17,8 +17,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.config import DataConfig
 from data.limits import DEEPEST, check_nesting
-from data.records import DataConfig
 from model.config import LoraConfig, ModelConfig
 
 MOST = 1_000_000_000  # where nothing else bounds a number
@@ -256,10 +256,11 @@ def convert(key: str, value: str) -> Any:
         kind = fields.get(name)
     if "${" in value:
         raise ValueError(f"{key}: ${{...}} is not supported: write the value itself")
-    if typing.get_origin(kind) is tuple:
-        return [item.strip() for item in value.strip("[]() ").split(",") if item.strip()]
-    if value in ("null", "None") and type(None) in typing.get_args(kind):
+    kinds = (kind, *typing.get_args(kind))
+    if value in ("null", "None") and type(None) in kinds:
         return None
+    if any(typing.get_origin(one) is tuple for one in kinds):
+        return [item.strip() for item in value.strip("[]() ").split(",") if item.strip()]
     return value
 
 

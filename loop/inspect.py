@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from data.audit import audit, coloured, html_page, table
 from data.chat import ChatFormat
+from data.records import MAX_SHOWN, OVERLONG, Dropped, described
 from data.tokenized import load_rows
-from loop.config import add_config_arguments, load_config
+from loop.config import Config, add_config_arguments, load_config
 from loop.errors import run_command
 from loop.run import load_tokenizer
 from model.weights.fetch import model_directory
@@ -31,7 +33,9 @@ def main() -> None:
 
     tokenizer = load_tokenizer(model_directory(config.model.path, weights=False))
     cache = config.run_dir / "data"
-    splits = {split: load_rows(split, tokenizer, config.data, cache) for split in ("train", "eval")}
+    # no row ends the audit: those that a run would refuse are listed
+    lenient = replace(config.data, bad_rows="skip", overlong="truncate" if config.data.overlong == "truncate" else "drop")
+    splits = {split: load_rows(split, tokenizer, lenient, cache) for split in ("train", "eval")}
     report = audit(splits, ChatFormat(tokenizer, config.data.think).stop_id)
     number = max(0, min(args.rows, len(splits["train"])))
     shown = [(splits["train"], i * len(splits["train"]) // number) for i in range(number)]
@@ -47,11 +51,25 @@ def main() -> None:
         print(json.dumps(report))
         return
     print(table(report))
+    for split, rows in splits.items():
+        print(problems_of(config, split, rows.problems), end="")
     for rows, index in shown:
         print("\n" + coloured(rows, index, tokenizer))
     for written in (args.dump, args.html):
         if written:
             print(f"wrote {written}", file=sys.stderr)
+
+
+def problems_of(config: Config, split: str, problems: list[Dropped]) -> str:
+    """The first rows of a split that cannot be trained on, a line each, and what becomes of them."""
+    if not problems:
+        return ""
+    refused = any(config.data.refuses(problem.reason == OVERLONG) for problem in problems)
+    lines = [described(config.data.file(split), problem) for problem in problems[:MAX_SHOWN]]
+    if len(problems) > MAX_SHOWN:
+        lines.append(f"and {len(problems) - MAX_SHOWN:,} more: --json lists all")
+    becomes = "a run refuses them; data.bad_rows=skip and data.overlong=drop leave them out" if refused else "they are left out"
+    return "\n".join(["", f"{len(problems):,} {split} row(s) cannot be trained on, {becomes}:", *lines, ""])
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def message_of(report: dict[str, Any], failure: Failure, config: Config, ranks: 
         lines.append(
             f"microbatch: {rows['tokens']:,} tokens, {len(rows['lengths']):,} rows, the longest of "
             f"{max(rows['lengths'], default=0):,}, {rows['supervised']:,} supervised positions; lines "
-            f"{', '.join(map(str, numbers[:8]))}{more} of {config.data.eval if failure.evaluating else config.data.train}")
+            f"{', '.join(map(str, numbers[:8]))}{more} of {config.data.file('eval' if failure.evaluating else 'train')}")
     if said:
         lines.append("the allocator says: " + ", ".join(f"{name} {value}" for name, value in said.items()))
     held = [f"{name} {short_gib(value / GIB)}" + (f" ({short_gib(plan_gib[name])})" if plan_gib else "")

@@ -13,8 +13,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Literal, Sequence
 
+from data.config import DataConfig
 from data.files import open_regular
-from data.records import DataConfig, Dropped, bad_row, read_rows
+from data.records import Dropped, read_rows, refuse
 from loop.config import Config, parse_command_line
 from loop.errors import ROOT, run_command
 from model.architectures import LINEARS, WITH_EXPERTS, read_config
@@ -77,14 +78,14 @@ def check_rows(config: DataConfig) -> None:
     """Raises:
         ValueError: a data file cannot be read, or begins with a row that cannot be trained on.
     """
-    for name, path in (("train", config.train), ("eval", config.eval)):
-        expected = f"a JSONL file of chat rows, one row a line; data.{name}=FILE names yours"
+    for name in ("train", "eval"):
+        path, expected = config.file(name), f"a JSONL file of chat rows, one row a line; data.{name}=FILE names yours"
         open_regular(path, expected).close()
-        first = next(read_rows(path, config.sources, config.think), None)
+        first = next(read_rows(config, name), None)
         if first is None:
             raise ValueError(f"{path}: no rows. Expected {expected}")
-        if isinstance(first, Dropped) and first.bad and config.bad_rows == "error":
-            raise ValueError(bad_row(path, first))
+        if isinstance(first, Dropped) and first.bad:
+            refuse(config, name, [first])
 
 
 def check_place(run_dir: Path) -> None:

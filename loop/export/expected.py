@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.chat import ChatFormat
-from data.records import Row, evenly, read_rows
+from data.records import Row, evenly, read_split
 from data.template import PASSED
 from loop.config import Config
 from loop.state import load_adapters
@@ -59,8 +59,7 @@ def questions(config: Config, chat: ChatFormat) -> list[Question]:
     Raises:
         ValueError: no held-out row can be used.
     """
-    path = config.data.eval
-    rows = [row for row in read_rows(path, config.data.sources, config.data.think) if isinstance(row, Row)]
+    rows = [row for row in read_split(config.data, "eval") if isinstance(row, Row)]
     rows = evenly(rows, CANDIDATES)
     found: list[Question] = []
     for row, examples in zip(rows, chat.examples(rows)):
@@ -76,7 +75,7 @@ def questions(config: Config, chat: ChatFormat) -> list[Question]:
         if not taken or sum(len(other.ids) for other in [*taken, question]) <= MAX_TOKENS:
             taken.append(question)
     if not taken:
-        raise ValueError(f"{path}: no held-out row there to prove the export with. Name others with data.eval")
+        raise ValueError(f"{config.data.file('eval')}: no held-out row to prove the export with. Name others with data.eval")
     return taken
 
 

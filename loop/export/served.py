@@ -121,7 +121,7 @@ def conclusion(url: str, verdicts: list[str]) -> str:
 
 def held_out_rows(config: Config, num_rows: int) -> list[Row]:
     """Evenly spread rows of one question and one answer; of those with a thought, if the model was trained to think."""
-    rows = one_answer_rows(config.data.eval, config.data.sources, config.data.think)
+    rows = one_answer_rows(config.data)
     return evenly([row for row in rows if row.turns[0].thought is not None] or rows, num_rows)
 
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import write_text
-from data.records import Row, evenly, one_answer_rows, open_rows, read_rows
+from data.records import Row, evenly, one_answer_rows, open_rows, read_split
 from loop import checkpoint
 from loop.config import Config
 from loop.review.checks import normalized, position_of, without_thought
@@ -75,15 +75,16 @@ def held_out_rows(config: Config, num_rows: int) -> list[HeldOut]:
     Raises:
         ValueError: there is none.
     """
-    path = config.data.eval
-    rows = one_answer_rows(path, config.data.sources, config.data.think)
+    path, sources = config.data.file("eval"), ", ".join(config.data.sources or ())
+    rows = one_answer_rows(config.data)
     with open_rows(path) as file:
         lines = file.read().split(b"\n")
     found = [HeldOut(row, json.loads(lines[row.line - 1].decode("utf-8-sig"))) for row in rows]
     found = [row for row in found if position_of(row.raw)[0] is not None] or found
     if len(found) < num_rows:
-        print(f"{path}: {len(found)} of {len(lines) - (not lines[-1])} rows are compared, those of one question and one answer "
-              f"from {', '.join(config.data.sources)}" + (", with a position" if position_of(found[0].raw)[0] else ""))
+        num_held_out, with_position = sum(1 for _ in read_split(config.data, "eval")), position_of(found[0].raw)[0] is not None
+        print(f"{path}: {len(found)} of {num_held_out} rows are compared, those of one question and one answer"
+              + f" from {sources}" * bool(sources) + ", with a position" * with_position)
     return evenly(found, num_rows)
 
 
@@ -111,7 +112,7 @@ def write_review(directory: Path, sources: list[Source], num_rows: int, max_toke
             comment["trained_on"] = normalized(comment["text"]) in trained_on
         comments["reference"] = {"text": row.reference, "at_limit": False, "trained_on": False}
         pairs.append({"line": row.row.line, "row": row.raw, "comments": comments, "engine": engine})
-    described = {"systems": systems, "max_tokens": max_tokens, "eval": first.config.data.eval, "pairs": pairs,
+    described = {"systems": systems, "max_tokens": max_tokens, "eval": first.config.data.file("eval"), "pairs": pairs,
                  "checkpoints": [str(source.path) for source in sources], "model": first.config.model.path}
     write_text(directory / REVIEW, json.dumps(described, ensure_ascii=False, indent=1) + "\n")
 
@@ -160,8 +161,7 @@ def training_texts(config: Config) -> frozenset[str]:
     data = config.data
     if not Path(data.train).expanduser().is_file():
         return frozenset()
-    return frozenset(normalized(turn.answer) for row in read_rows(data.train, data.sources, data.think) if isinstance(row, Row)
-                     for turn in row.turns)
+    return frozenset(normalized(turn.answer) for row in read_split(data, "train") if isinstance(row, Row) for turn in row.turns)
 
 
 def answers_of(directory: Path, source: Source, rows: list[HeldOut], max_tokens: int, tuned: bool) -> list[dict[str, Any]]:

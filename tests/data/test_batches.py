@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.batches import Batches
-from data.records import DataConfig
+from data.config import DataConfig
 from data.tokenized import tokenize
 
 
@@ -20,7 +20,7 @@ def rows(tiny_tokenizers, tmp_path_factory):
         for i, turn in enumerate(turns)
     ))
     # qwen3 renders history otherwise than the last turn, so that some rows become two examples
-    return tokenize(str(path), tiny_tokenizers["qwen3"], DataConfig(str(path), str(path), ("x", "y")))
+    return tokenize("train", tiny_tokenizers["qwen3"], DataConfig(str(path), str(path), ("x", "y")))
 
 
 def lines(batch):

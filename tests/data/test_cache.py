@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.cache import CHECKSUM, read_tensors, write_tensors
-from data.records import DataConfig
+from data.config import DataConfig
 from data.tokenized import load_rows
 
 TENSORS = {"ids": torch.arange(20, dtype=torch.int32), "meta": torch.tensor([123, 125], dtype=torch.uint8),

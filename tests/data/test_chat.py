@@ -9,7 +9,8 @@ import pytest
 
 from data import chat
 from data.chat import ChatFormat
-from data.records import DataConfig, Dropped, read_rows
+from data.config import DataConfig
+from data.records import Dropped, read_rows
 from data.tokenized import tokenize
 
 TEXTBOOK = Path(__file__).parents[3] / "shared" / "data" / "textbook" / "train.jsonl"
@@ -25,7 +26,7 @@ STYLES = list(GENERATION)
 
 
 def examples(tokenizer, path, think="strip"):
-    rows = list(read_rows(path, ("textbook",), think))
+    rows = list(read_rows(DataConfig(path, path, ("textbook",), think), "train"))
     return ChatFormat(tokenizer, think).examples(rows)
 
 
@@ -170,7 +171,7 @@ def test_a_template_that_is_broken_or_ignores_the_messages_ends_the_run(
     with template(tiny_tokenizers["llama"], text) as tokenizer:
         path = write_rows([make_row("q", "a")])
         with pytest.raises(ValueError, match=f"^{tokenizer.name_or_path}: its chat template {problem}.*publisher") as error:
-            tokenize(path, tokenizer, config(path, bad_rows))
+            tokenize("train", tokenizer, config(path, bad_rows))
     assert "\n" not in str(error.value)
 
 
@@ -228,9 +229,9 @@ def test_rows_that_take_too_long_are_bad_and_the_third_ends_the_run(tiny_tokeniz
         assert made[0].bad and made[0].reason == "slow to render"
         assert split(tokenizer, made[1][0]) == ["q", "a<|im_end|>"] and split(tokenizer, made[3][0]) == ["q", "b<|im_end|>"]
         with pytest.raises(ValueError, match=f"{path}:1: slow to render: the template of {tokenizer.name_or_path} takes"):
-            tokenize(path, tokenizer, config(path))
-        kept = tokenize(path, tokenizer, config(path, "skip"))
+            tokenize("train", tokenizer, config(path))
+        kept = tokenize("train", tokenizer, config(path, "skip"))
         assert kept.counts["textbook"].dropped == {"slow to render": 2} and kept.counts["textbook"].kept == 2
         path = write_rows([*rows, rows[0]])
         with pytest.raises(ValueError, match="takes over 0.1 s for each of 3 rows, the last in line 5"):
-            tokenize(path, tokenizer, config(path, "skip"))
+            tokenize("train", tokenizer, config(path, "skip"))

@@ -10,13 +10,14 @@ import time
 import pytest
 
 from data import limits
+from data.config import DataConfig
 from data.limits import MAX_RENDERED, MAX_ROW_BYTES, MAX_TURNS, TooSlow, bounded_lines, time_limit
 from data.records import Dropped, Row, read_rows
 from data.tokenized import batched
 
 
 def read(path):
-    return list(read_rows(path, ("textbook",), "strip"))
+    return list(read_rows(DataConfig(str(path), str(path), ("textbook",)), "train"))
 
 
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/null"])
@@ -44,7 +45,7 @@ def test_a_row_too_long_is_dropped_in_little_memory_and_the_next_one_read(tmp_pa
     before = resident_bytes()
     most = 0
     outcomes = []
-    for outcome in read_rows(path, ("textbook",), "strip"):
+    for outcome in read_rows(DataConfig(str(path), str(path), ("textbook",)), "train"):
         outcomes.append(outcome)
         most = max(most, resident_bytes() - before)
     assert [type(outcome) for outcome in outcomes] == [Row, Dropped, Row, Row, Dropped]
@@ -79,7 +80,7 @@ def test_turns_that_repeat_too_much_text_are_dropped(write_rows, make_row):
 def test_batches_are_shorter_where_rows_are_long(write_rows, make_row):
     long = make_row("x" * 3_000_000, "b")
     rows = [make_row("a", "b")] * 600 + [long] * 7
-    batches = list(batched(read_rows(write_rows(rows), ("textbook",), "strip")))
+    batches = list(batched(read_rows(DataConfig(path := str(write_rows(rows)), path, ("textbook",)), "train")))
     assert [len(batch) for batch in batches] == [512, 94, 1]
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data.config import DataConfig
 from data.records import Dropped, Row, read_rows
 
 ANSWERED = {"role": "assistant", "content": "Develops."}
@@ -11,7 +12,7 @@ ASKED = {"role": "user", "content": "Why?"}
 
 
 def read(path, think="strip"):
-    return list(read_rows(path, ("textbook",), think))
+    return list(read_rows(DataConfig(str(path), str(path), ("textbook",), think), "train"))
 
 
 def test_keeps_chosen_sources_and_counts_lines_through_blank_ones(write_rows, make_row):

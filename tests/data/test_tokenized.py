@@ -4,7 +4,8 @@ import pytest
 
 from data.audit import audit, coloured, html_page, table
 from data.chat import ChatFormat
-from data.records import DataConfig, Dropped, Row, read_rows
+from data.config import DataConfig
+from data.records import Dropped, Row, read_rows
 from data.tokenized import ROWS_AT_ONCE, TokenizedRows, load_rows, tokenize
 
 
@@ -20,7 +21,7 @@ def tokenizer(tiny_tokenizers):
 def test_counts_say_what_became_of_every_row(tokenizer, write_rows, make_row):
     rows = [make_row("a", "b"), make_row("a", "b", source="forum"), "{", make_row("a", "<think>x"), make_row("a", "x" * 300)]
     path = write_rows(rows)
-    made = tokenize(path, tokenizer, config(path, bad_rows="skip", overlong="drop", max_tokens=200))
+    made = tokenize("train", tokenizer, config(path, bad_rows="skip", overlong="drop", max_tokens=200))
     textbook = made.counts["textbook"]
     assert (textbook.rows, textbook.kept, textbook.examples) == (3, 1, 1)
     assert textbook.dropped == {"unclosed <think>": 1, "over max_tokens": 1}
@@ -34,7 +35,7 @@ def test_counts_say_what_became_of_every_row(tokenizer, write_rows, make_row):
 def test_bad_rows_stop_with_file_and_line(tokenizer, write_rows, make_row, line, row):
     path = write_rows([make_row("a", "b"), row])
     with pytest.raises(ValueError, match=f"{path}:{line}: .*data.bad_rows=skip"):
-        tokenize(path, tokenizer, config(path))
+        tokenize("train", tokenizer, config(path))
 
 
 def test_batches_beside_each_other_give_what_one_row_at_a_time_gives(tokenizer, write_rows, make_row):
@@ -42,8 +43,8 @@ def test_batches_beside_each_other_give_what_one_row_at_a_time_gives(tokenizer, 
     rows = ["{" if i % 50 == 7 else make_row(f"q{i}", "<|im_end|>" if i % 50 == 9 else "x" * (i % 23 + 1))
             for i in range(3 * ROWS_AT_ONCE + 5)]
     path = write_rows(rows)
-    made, chat = tokenize(path, tokenizer, config(path, bad_rows="skip")), ChatFormat(tokenizer, "strip")
-    expected = [chat.examples([row])[0] for row in read_rows(path, ("textbook",), "strip") if isinstance(row, Row)]
+    made, chat = tokenize("train", tokenizer, config(path, bad_rows="skip")), ChatFormat(tokenizer, "strip")
+    expected = [chat.examples([row])[0] for row in read_rows(config(path), "train") if isinstance(row, Row)]
     examples = [example for row in expected if not isinstance(row, Dropped) for example in row]
     assert made.ids_N.tolist() == [number for example in examples for number in example.ids]
     assert made.supervised_N.tolist() == [flag for example in examples for flag in example.supervised]
@@ -55,13 +56,37 @@ def test_batches_beside_each_other_give_what_one_row_at_a_time_gives(tokenizer, 
 def test_overlong_rows_are_all_named(tokenizer, write_rows, make_row):
     path = write_rows([make_row("a", "x" * 300), make_row("a", "b"), make_row("a", "x" * 400)])
     with pytest.raises(ValueError) as error:
-        tokenize(path, tokenizer, config(path, max_tokens=200))
-    assert f"{path}:1 (" in str(error.value) and f"{path}:3 (" in str(error.value) and "2 row(s)" in str(error.value)
+        tokenize("train", tokenizer, config(path, max_tokens=200))
+    assert f"2 rows of {path} cannot be trained on:\n{path}:1: over max_tokens: 3" in str(error.value)
+    assert f"{path}:3: over max_tokens: 4" in str(error.value) and "data.overlong=drop" in str(error.value)
+
+
+def test_all_bad_rows_are_named_at_once(tokenizer, write_rows, make_row):
+    """One at a time took as many starts as there were bad rows."""
+    path = write_rows([make_row("a", "b"), "{", make_row("a", "<think>x"), *["[]"] * 30, make_row("a", "x" * 300)])
+    with pytest.raises(ValueError) as error:
+        tokenize("train", tokenizer, config(path))
+    first, *lines, last = str(error.value).splitlines()
+    assert first == f"32 rows of {path} cannot be trained on:" and lines[0].startswith(f"{path}:2: not JSON: ")
+    assert lines[1].startswith(f"{path}:3: unclosed <think>: ") and len(lines) == 21 and lines[20].startswith("and 12 more")
+    assert "data.bad_rows=skip" in last
+    left_out = tokenize("train", tokenizer, config(path, bad_rows="skip", overlong="drop", max_tokens=200)).problems
+    assert [row.line for row in left_out] == [*range(2, 34), 34] and left_out[-1].reason == "over max_tokens"
+
+
+def test_what_an_audit_cached_is_refused_by_a_run_and_kept(tokenizer, write_rows, make_row, tmp_path):
+    path = write_rows([make_row("a", "b"), "{"])
+    audited = load_rows("train", tokenizer, config(path, bad_rows="skip"), tmp_path)
+    with pytest.raises(ValueError, match=f"{path}:2: not JSON"):
+        load_rows("train", tokenizer, config(path), tmp_path)
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    again = load_rows("train", tokenizer, config(path, bad_rows="skip"), tmp_path)
+    assert again.problems == audited.problems and written == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
 def test_truncation_keeps_what_fits_and_never_leaves_a_row_without_targets(tokenizer, write_rows, make_row):
     path = write_rows([make_row("a", "x" * 300), make_row("q" * 300, "short")])
-    made = tokenize(path, tokenizer, config(path, overlong="truncate", max_tokens=200))
+    made = tokenize("train", tokenizer, config(path, overlong="truncate", max_tokens=200))
     counts = made.counts["textbook"]
     assert (counts.kept, counts.truncated, counts.dropped) == (1, 1, {"truncated before any answer": 1})
     assert made.lengths_E.tolist() == [200]
@@ -72,7 +97,7 @@ def test_truncation_keeps_what_fits_and_never_leaves_a_row_without_targets(token
 def test_no_row_left_says_what_was_found(tokenizer, write_rows, make_row):
     path = write_rows([make_row("a", "b", source="forum")])
     with pytest.raises(ValueError, match="no row is left.*forum: 1 rows"):
-        tokenize(path, tokenizer, config(path))
+        tokenize("train", tokenizer, config(path))
 
 
 def test_the_cache_is_read_until_anything_that_matters_changes(tokenizer, write_rows, make_row, tmp_path, monkeypatch):
@@ -95,14 +120,14 @@ def test_the_cache_is_read_until_anything_that_matters_changes(tokenizer, write_
 
 def test_tensors_carry_everything(tokenizer, write_rows, make_row):
     path = write_rows([make_row("a", "b"), make_row("a", "c", source="forum")])
-    rows = tokenize(path, tokenizer, config(path))
+    rows = tokenize("train", tokenizer, config(path))
     back = TokenizedRows.from_tensors(rows.to_tensors())
     assert back.counts == rows.counts and back.path == path and back.lines_E.tolist() == rows.lines_E.tolist()
 
 
 def test_the_audit_shows_what_is_supervised(tokenizer, write_rows, make_row):
     path = write_rows([make_row("<b>&", "answer"), make_row("q", "other")])
-    rows = tokenize(path, tokenizer, config(path))
+    rows = tokenize("train", tokenizer, config(path))
     report = audit({"train": rows, "eval": rows}, tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert report["sources"]["textbook"]["rows"] == 4 and report["splits"]["eval"]["textbook"]["rows"] == 2
     assert report["sources"]["textbook"]["supervised_tokens"] == 2 * (len("answer") + 1 + len("other") + 1)
@@ -114,10 +139,10 @@ def test_the_audit_shows_what_is_supervised(tokenizer, write_rows, make_row):
 
 def test_a_tokenizer_that_pads_or_truncates_does_neither_here(tokenizer, write_rows, make_row):
     path = write_rows([make_row("q" * 50, "short"), make_row("q", "a much longer answer")])
-    plain = tokenize(path, tokenizer, config(path))
+    plain = tokenize("train", tokenizer, config(path))
     tokenizer.backend_tokenizer.enable_padding(length=100)
     tokenizer.backend_tokenizer.enable_truncation(20)
-    assert tokenize(path, tokenizer, config(path)).ids_N.tolist() == plain.ids_N.tolist()
+    assert tokenize("train", tokenizer, config(path)).ids_N.tolist() == plain.ids_N.tolist()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tokenizer, write_rows, make_row, tmp_path):

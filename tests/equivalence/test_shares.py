@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.batches import Batches
-from data.records import DataConfig
+from data.config import DataConfig
 from data.tokenized import tokenize
 from loop.accumulate import forward_backward
 from loop.memory.phases import Memory
@@ -30,7 +30,7 @@ def stage_and_rows(request, tmp_path_factory, tiny_tokenizers):
              "metadata": {"source": "x"}} for _ in range(13)]
     path = directory / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenized = tokenize(str(path), tiny_tokenizers[request.param], DataConfig(str(path), str(path), ("x",)))
+    tokenized = tokenize("train", tiny_tokenizers[request.param], DataConfig(str(path), str(path), ("x",)))
     stage = build(Path(model_dir), "float32", LoraConfig(rank=4, alpha=8, target=("q_proj", "o_proj", "up_proj", "down_proj")),
                   seed=0, device=torch.device("cpu"), recompute=False)
     generator = torch.Generator().manual_seed(2)

@@ -35,3 +35,19 @@ def test_json_and_dump(run_inspect, tmp_path):
     total = sum(counts["supervised_tokens"] for counts in report["sources"].values())
     assert sum(sum(line["supervised"]) for line in lines) == total
     assert all(len(line["ids"]) == len(line["supervised"]) and set(line["supervised"]) == {0, 1} for line in lines)
+
+
+def test_every_bad_row_of_both_files_is_listed(run_inspect, tmp_path, write_rows, make_row):
+    """A run refuses them; the audit goes on, so that all are seen at once."""
+    train = write_rows([make_row("a", "b"), "{", "[]", make_row("a", "word " * 400)], "mine.jsonl")
+    held_out = write_rows([make_row("a", "b"), make_row("a", "<think>")], "held-out.jsonl")
+    data = [f"data.train={train}", f"data.eval={held_out}", "data.sources=textbook", "data.max_tokens=100"]
+    shown = run_inspect("--rows", "0", *data)
+    assert "3 train row(s) cannot be trained on, a run refuses them; data.bad_rows=skip and data.overlong=drop" in shown
+    for found in (f"{train}:2: not JSON: ", f"{train}:3: not a JSON object: ", f"{train}:4: over max_tokens: ",
+                  "1 eval row(s)", f"{held_out}:2: unclosed <think>: "):
+        assert found in shown
+    problems = json.loads(run_inspect("--json", *data))["problems"]
+    assert [row["line"] for row in problems["train"]] == [2, 3, 4] and problems["eval"][0]["reason"] == "unclosed <think>"
+    shown = run_inspect("--rows", "0", *data, "data.bad_rows=skip", "data.overlong=drop")
+    assert "3 train row(s) cannot be trained on, they are left out:" in shown
