@@ -81,7 +81,7 @@ def test_batches_are_shorter_where_rows_are_long(write_rows, make_row):
     long = make_row("x" * 3_000_000, "b")
     rows = [make_row("a", "b")] * 600 + [long] * 7
     batches = list(batched(read_rows(DataConfig(path := str(write_rows(rows)), path, ("textbook",)), "train")))
-    assert [len(batch) for batch in batches] == [512, 94, 1]
+    assert [len(batch) for batch in batches] == [128, 128, 128, 128, 94, 1]
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, "9" * 1_000_000, "-" + "9" * 1_000_000,
