@@ -21,7 +21,7 @@ from loop.paths import prove
 from loop.pipeline.gpipe import passes
 from loop.pipeline.split import choose_split, table
 from loop.planned import Plan
-from loop.run import finish, headline, load_batches, load_state, prepare_directory, start
+from loop.run import begun, finish, headline, leave, load_batches, load_state, prepare_directory, start
 from loop.state import resume
 from model.build import text_config
 
@@ -38,12 +38,15 @@ def main() -> None:
     prove(config, model_dir, ranks, log.say)  # that what runs fast here computes right
 
     batches, held_out, chat = load_batches(config, model_dir, ranks)
+    earlier = begun(config, model_dir, batches, held_out, ranks, log.say)  # where an earlier start of this run ended
+    if earlier.is_finished:
+        return leave(config, log, ranks)
     ranks.split, costs = choose_split(config, model_dir, batches.rows, num_stages)
     log.say(table(costs, ranks.split, ranks.device.type, ranks.num_replicas))
     plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):
-        state = load_state(config, model_dir, batches, held_out, chat, ranks, memory, log.say)
+        state = load_state(config, model_dir, earlier, chat, ranks, memory, log.say)
         resume(config, state, ranks, log.say)
         log.say(headline(batches, state, ranks))
         forward_backward, forward_only = passes(state.stage, ranks, config.pipeline.schedule, log, memory)

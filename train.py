@@ -21,7 +21,7 @@ from loop.memory.phases import Memory
 from loop.out_of_memory import reporting
 from loop.paths import prove
 from loop.planned import Plan
-from loop.run import finish, headline, load_batches, load_state, prepare_directory, start
+from loop.run import begun, finish, headline, leave, load_batches, load_state, prepare_directory, start
 from loop.state import resume
 
 
@@ -32,10 +32,13 @@ def main() -> None:
     prove(config, model_dir, ranks, log.say)  # that what runs fast here computes right
 
     batches, held_out, chat = load_batches(config, model_dir, ranks)
+    earlier = begun(config, model_dir, batches, held_out, ranks, log.say)  # where an earlier start of this run ended
+    if earlier.is_finished:
+        return leave(config, log, ranks)
     plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):
-        state = load_state(config, model_dir, batches, held_out, chat, ranks, memory, log.say)
+        state = load_state(config, model_dir, earlier, chat, ranks, memory, log.say)
         resume(config, state, ranks, log.say)
         log.say(headline(batches, state, ranks))
         fit(

@@ -208,6 +208,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"{path}: expected sections such as model: and train:, found {type(loaded).__name__}")
     if "${" in text:
         raise ValueError(f"{path}: ${{...}} is not supported: write the value itself")
+    for name in ("lora.target", "data.sources"):  # one name is a list of one
+        if isinstance(OmegaConf.select(loaded, name), str):
+            OmegaConf.update(loaded, name, convert(name, OmegaConf.select(loaded, name)))
     with errors_begin_with(path):
         merged: Any = OmegaConf.merge(OmegaConf.structured(Config), loaded)
     return overridden(merged, overrides or [], str(path))

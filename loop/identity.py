@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from data.files import sha256
 from data.tokenized import TokenizedRows
+from loop.checkpoint import ADAPTER
 from loop.config import Config, by_name
 from loop.distributed.groups import Ranks
 from model.weights.identity import quick_identity
@@ -34,6 +36,8 @@ def course(config: Config, model_dir: Path, train_rows: TokenizedRows, eval_rows
         digest.update(rows.supervised_N.numpy().tobytes())
         settings[name] = digest.hexdigest()[:16]
     settings["base model"] = quick_identity(model_dir)
+    if config.model.adapter and (file := Path(config.model.adapter).expanduser() / ADAPTER).is_file():
+        settings["model.adapter"] = sha256(file)[:16]  # wherever it lies
     decisive: Course = json.loads(json.dumps(settings))  # as a checkpoint has them: tuples become lists
     return decisive
 

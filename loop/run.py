@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence, TextIO
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -201,17 +202,40 @@ def load_batches(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Batches
     return Batches(train, *shares), Batches(held_out, *shares), chat
 
 
-def load_state(
-    config: Config, model_dir: Path, batches: Batches, held_out: Batches, chat: ChatFormat | None, ranks: Ranks,
-    memory: Memory, say: Callable[[str], None],
-) -> State:
-    """Builds this rank's stage of the model, reads its weights, and makes the optimizer of its adapters.
+@dataclass(frozen=True)
+class Begun:
+    """What a run is, and how far an earlier start of it came."""
+
+    settings: Course  # on rank 0
+    newest: Path | None  # the checkpoint to continue from, on rank 0
+    is_finished: bool  # the same on all ranks
+
+
+def begun(
+    config: Config, model_dir: Path, batches: Batches, held_out: Batches, ranks: Ranks, say: Callable[[str], None]
+) -> Begun:
+    """Finds the checkpoint from which the run continues, before anything of the model is read.
 
     Raises:
-        ValueError: the run cannot be continued with these settings; found before the weights are read.
+        ValueError: the run cannot be continued with these settings.
     """
     settings: Course = ranks.on_main(lambda: course(config, model_dir, batches.rows, held_out.rows)) or {}
     newest = ranks.on_main(lambda: newest_checkpoint(config, settings, say))
+    state = checkpoint.read_json(newest / checkpoint.STATE) if newest else {"step": 0}
+    total = config.train.total_steps(batches.steps_per_epoch)
+    is_finished = state["step"] >= total and state["eval_loss"] is not None
+    is_finished = bool(ranks.broadcast(torch.tensor([is_finished], dtype=torch.int64, device=ranks.device)))
+    if is_finished:
+        say(f"{config.run_dir} is finished already, {state['step']:,} of {total:,} steps. Train longer with train.epochs or "
+            "train.max_steps, start anew with resume=never, or choose another run=NAME")
+    return Begun(settings, newest, is_finished)
+
+
+def load_state(
+    config: Config, model_dir: Path, begun: Begun, chat: ChatFormat | None, ranks: Ranks, memory: Memory,
+    say: Callable[[str], None],
+) -> State:
+    """Builds this rank's stage of the model, reads its weights, and makes the optimizer of its adapters."""
     files = ranks.on_main(lambda: tokenizer_files(chat) if chat else {}) or {}
     with memory.during("build"):
         stage, weights = build_empty(
@@ -222,13 +246,14 @@ def load_state(
     with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
         checksums = weights.load(model_dir, bar.advance)
     checksums = agree_on_weights(checksums, config.model.path, ranks)
-    settings[WEIGHTS] = digest(checksums)
+    begun.settings[WEIGHTS] = digest(checksums)
     if config.train.router_stats:
         start_counting(stage.model)
     adapters = stage.adapters()
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
     memory.attach(stage.model, adapters.values(), optimizer)
-    return State(stage, adapters, optimizer, settings, checksums, newest, for_samples(config, chat, ranks, say), files)
+    samples = for_samples(config, chat, ranks, say)
+    return State(stage, adapters, optimizer, begun.settings, checksums, begun.newest, samples, files)
 
 
 def for_samples(config: Config, chat: ChatFormat | None, ranks: Ranks, say: Callable[[str], None]) -> ChatFormat | None:
@@ -250,8 +275,13 @@ def headline(batches: Batches, state: State, ranks: Ranks) -> str:
 def finish(config: Config, plan: Plan, memory: Memory, log: RunLog, ranks: Ranks) -> None:
     """Prints the planned and the measured peak of memory and the run's directory, then disconnects the ranks."""
     measured = measured_gib(memory.most_bytes, ranks)  # waits for all ranks, so that the last checkpoint is written
-    ranks.signals.is_finished = True
     log.say(plan.comparison(measured))
+    leave(config, log, ranks)
+
+
+def leave(config: Config, log: RunLog, ranks: Ranks) -> None:
+    """Says that the run is finished, and disconnects the ranks."""
+    ranks.signals.is_finished = True
     log.say(f"finished: {config.run_dir}")
     record_exit(0, "finished")
     log.close()

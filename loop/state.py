@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.chat import ChatFormat
@@ -122,10 +123,32 @@ def resume(config: Config, state: State, ranks: Ranks, say: Callable[[str], None
     if state.step:
         load_adapters(state.adapters, ranks.broadcast_tensors(saved.adapter if saved else None))
         load_optimizer(state.optimizer, state.adapters, ranks.broadcast_tensors(saved.optimizer if saved else None))
+    elif config.model.adapter:
+        load_adapters(state.adapters, ranks.broadcast_tensors(ranks.on_main(lambda: first_adapter(config, state, say))))
     if ranks.is_main:
         write_text(config.run_dir / "config.yaml", to_yaml(config))
         write_text(config.run_dir / WEIGHTS_FILE, json.dumps(state.checksums))
         write_once(config.run_dir, state.files, say)
+
+
+def first_adapter(config: Config, state: State, say: Callable[[str], None]) -> dict[str, Tensor]:
+    """The tensors of `model.adapter`, with which a run begins.
+
+    Raises:
+        ValueError: there is no adapter, or it is one of another rank, scale or set of linears.
+    """
+    directory = Path(config.model.adapter or "").expanduser()
+    if not (directory / checkpoint.ADAPTER).is_file():
+        raise ValueError(f"model.adapter: {directory}: no {checkpoint.ADAPTER} there. Expected the directory of an adapter, "
+                         "such as a run's checkpoint")
+    found = checkpoint.read_json(directory / checkpoint.ADAPTER_CONFIG)
+    for key, value in peft_config(config.lora, "", state.stage.model.config.model_type).items():
+        was = sorted(found[key]) if isinstance(found.get(key), list) else found.get(key)
+        if key in ("r", "lora_alpha", "target_modules", "target_parameters") and was != (
+                sorted(value) if isinstance(value, list) else value):
+            raise ValueError(f"model.adapter: {directory}: its {key} is {was}, and this run's is {value}, by the section lora:")
+    say(f"the adapters begin as those of {directory}")
+    return load_file(directory / checkpoint.ADAPTER)
 
 
 def write_once(run_dir: Path, files: dict[str, bytes], say: Callable[[str], None]) -> None:
@@ -150,7 +173,7 @@ def load_adapters(adapters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -
         tensor = saved.get(to_peft_name(name))
         if tensor is None or tensor.shape != parameter.shape:
             found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise ValueError(f"the checkpoint does not fit: {to_peft_name(name)} {found}, expected {tuple(parameter.shape)}")
+            raise ValueError(f"the adapter does not fit: {to_peft_name(name)} {found}, expected {tuple(parameter.shape)}")
         parameter.copy_(tensor)
 
 
@@ -170,7 +193,7 @@ def save(config: Config, state: State, eval_loss: float | None, ranks: Ranks, sa
         state.saved_at = time.monotonic()
         if ranks.is_main:
             described = {"step": state.step, "eval_loss": eval_loss, "settings": state.settings}
-            adapter_config = peft_config(config.lora, base_name(config.model.path))
+            adapter_config = peft_config(config.lora, base_name(config.model.path), state.stage.model.config.model_type)
             saved = checkpoint.Saved(described, adapter, adapter_config, optimizer, state.files)
             state.writer.write(config.run_dir, saved, config.checkpoint.keep, say)
 

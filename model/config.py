@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Iterable, Literal
 
 MOST_RANK = 65_536  # the largest hidden size (see architectures.py): a larger rank could add nothing
+ALL = "all-linear"  # the target that stands for every linear
 MOST_ALPHA = 1_000_000  # the adapter's output, scaled by alpha / rank, must stay a float32
 
 
@@ -17,6 +18,7 @@ class ModelConfig:
 
     path: str  # a directory, or a repository on the Hugging Face hub
     base: Literal["int8", "nf4", "bf16", "float32"]  # storage of the frozen linears; float32 also computes in float32
+    adapter: str | None = None  # directory of an adapter of this model to begin with, such as another run's checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class LoraConfig:
 
     rank: int
     alpha: float  # the adapter's output is scaled by alpha / rank
-    target: tuple[str, ...]  # last part of the adapted linears' names
+    target: tuple[str, ...]  # last part of the adapted linears' names; all-linear: every one that is quantized
     dropout: float = 0.0  # share of the adapter's inputs set to zero while training
     experts: bool = False  # also adapt every routed expert of a mixture-of-experts model, each with rank `rank`
 
@@ -40,6 +42,14 @@ class LoraConfig:
             raise ValueError(f"lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
         if self.experts and self.dropout:
             raise ValueError(f"lora.dropout is {self.dropout}, expected 0 with lora.experts: peft knows no other either")
+
+    def adapted(self, linears: Iterable[str]) -> list[str]:
+        """The last parts of the adapted linears' names.
+
+        Args:
+            linears: of all linears of the model, see architectures.py.
+        """
+        return sorted(set(linears if ALL in self.target else self.target))
 
 
 def local_directory(path: str) -> Path | None:
@@ -74,8 +84,9 @@ def check_targets(config: LoraConfig, names: Iterable[str], has_experts: bool = 
         raise ValueError("lora.experts is true, but the model has no routed experts")
     known = {name.rpartition(".")[2] for name in names}
     for target in config.target:
-        if target not in known:
-            raise ValueError(f"lora.target: no linear of the model is called {target!r}; there are {', '.join(sorted(known))}")
+        if target not in (*known, ALL):
+            there = ", ".join(sorted(known))
+            raise ValueError(f"lora.target: no linear of the model is called {target!r}; there are {there}; or {ALL}")
 
 
 def check_keep_layers(keep_layers: int, first: int, stop: int) -> None:

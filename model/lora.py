@@ -11,7 +11,8 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-from model.config import LoraConfig
+from model.architectures import LINEARS
+from model.config import ALL, LoraConfig
 from model.matmul import Part, multiply
 from model.moe.experts import FrozenExperts, LoraExperts
 from model.quant import FrozenLinear
@@ -62,7 +63,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int, device: torch.
     linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     for name, linear in linears.items():
         parent, _, last = name.rpartition(".")
-        if last in config.target:
+        if ALL in config.target or last in config.target:
             setattr(model.get_submodule(parent), last, LoraLinear(linear, name, config, seed, device))
     routed = {name: module for name, module in model.named_modules() if isinstance(module, FrozenExperts)}
     for name, experts in routed.items() if config.experts else ():
@@ -86,8 +87,12 @@ def to_peft_name(name: str) -> str:
     return f"{PEFT_PREFIX}{name}{PEFT_SUFFIX}"
 
 
-def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
-    """The content of adapter_config.json, from which `PeftModel.from_pretrained` knows how to load the adapter."""
+def peft_config(config: LoraConfig, base_model: str, model_type: str) -> dict[str, Any]:
+    """The content of adapter_config.json, from which `PeftModel.from_pretrained` knows how to load the adapter.
+
+    Args:
+        model_type: of the text model.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -95,7 +100,7 @@ def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(config.target),
+        "target_modules": config.adapted(LINEARS[model_type]),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -36,6 +36,40 @@ def test_a_finished_run_is_left_as_it_is(write_config, run_train):
     assert run_train(config) == run_train(config)
 
 
+def test_a_finished_run_says_so_before_it_reads_the_model(write_config, run_train, monkeypatch, capsys):
+    """A second start took a minute: it read the weights, and then had nothing to do."""
+    run_train(write_config(train__max_steps=2))
+    monkeypatch.setattr("loop.run.build_empty", None)
+    run_train(write_config(train__max_steps=2))
+    assert "checkpoints/tiny is finished already, 2 of 2 steps. Train longer with train.epochs" in capsys.readouterr().out
+
+
+def test_a_run_begins_with_the_adapter_of_another(finished_run, write_config, run_train, capsys):
+    adapter = finished_run / "step-00000010"
+    first, *_ = run_train(write_config(model__adapter=str(adapter), train__max_steps=1))
+    last = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert first["step"] == 0 and first["eval_loss"] == last["eval_loss"]
+    assert f"the adapters begin as those of {adapter}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"lora__rank": 8}, "its r is 4, and this run's is 8, by the section lora:"),
+    ({"lora__target": ["q_proj"]}, r"its target_modules is \['down_proj', .*, and this run's is \['q_proj'\]"),
+    ({"model__adapter": "nowhere"}, "nowhere: no adapter_model.safetensors there. Expected the directory of an adapter")])
+def test_an_adapter_of_other_settings_is_refused(finished_run, write_config, run_train, changes, message):
+    with pytest.raises(ValueError, match=f"model.adapter: .*{message}"):
+        run_train(write_config(**{"model__adapter": str(finished_run / "step-00000010"), **changes}))
+
+
+def test_all_linears_are_adapted_by_one_word(write_config, run_train, tmp_path):
+    run_train(write_config(lora__target="all-linear", train__max_steps=1))
+    saved = tmp_path / "checkpoints/tiny/step-00000001"
+    named = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert json.loads((saved / "adapter_config.json").read_text())["target_modules"] == named
+    found = {name.split(".")[-3] for name in load_file(saved / "adapter_model.safetensors")}
+    assert sorted(found) == named
+
+
 def test_a_second_run_in_the_same_directory_is_refused(write_config, run_train, tmp_path):
     (tmp_path / "checkpoints/tiny").mkdir(parents=True)
     holder = subprocess.Popen([sys.executable, "-c", (

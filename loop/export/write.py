@@ -120,7 +120,8 @@ def write_adapter(trained: Trained, for_vllm: bool, directory: Path) -> None:
         ValueError: vLLM knows no adapter of routed experts in the text model alone.
     """
     lora, config = trained.config.lora, json_file(trained.model_dir / "config.json")
-    write_json(directory / ADAPTER_CONFIG, peft_config(lora, base_name(trained.config.model.path)))
+    model_type = config.get("text_config", config)["model_type"]
+    write_json(directory / ADAPTER_CONFIG, peft_config(lora, base_name(trained.config.model.path), model_type))
     is_wrapped = any(name.endswith("ForConditionalGeneration") for name in config.get("architectures") or ())
     if not (for_vllm and is_wrapped):
         if for_vllm and lora.experts:

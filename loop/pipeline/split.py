@@ -91,7 +91,8 @@ def module_cost(module: nn.Module, model: Any, config: Config, rows: RowLengths)
         elif name.rpartition(".")[0] in linears:
             quantized += count
             simple += 2 * count
-    adapted = [linear for name, linear in linears.items() if name.rpartition(".")[2] in lora.target]
+    last_parts = {name: name.rpartition(".")[2] for name in linears}
+    adapted = [linear for name, linear in linears.items() if last_parts[name] in lora.adapted(last_parts.values())]
     in_linears = sum(lora.rank * (linear.in_features + linear.out_features) for linear in adapted)
     trained += in_linears
     thorough += 2 * in_linears + mixing_flops(module, shape, rows.context)

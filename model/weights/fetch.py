@@ -53,11 +53,12 @@ def download(repo: str, weights: bool, quiet: bool) -> Path:
     try:
         size = weights_bytes(repo) if weights else 0
     except Exception as error:  # the HTTP client's errors and the hub's share no base class
-        raise ValueError(unreachable(repo, error)) from None
+        raise ValueError(unreachable(repo, weights, error)) from None
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
-    sizes = f"{size / 1e9:.1f} GB to download into {cache}, {free / 1e9:.1f} GB free"
+    sizes = f"{size / 1e9:.1f} GB" if weights else "configuration and tokenizer, some MB"
+    sizes += f" to download into {cache}, {free / 1e9:.1f} GB free"
     if free < size:
         raise ValueError(f"{repo}: {sizes}. Set HF_HOME to a directory on a larger disk")
     if quiet:
@@ -67,7 +68,7 @@ def download(repo: str, weights: bool, quiet: bool) -> Path:
     try:  # lock files in the cache let one process of a host download while the others wait
         return Path(snapshot_download(repo, allow_patterns=REST + (WEIGHTS if weights else [])))
     except Exception as error:
-        raise ValueError(unreachable(repo, error)) from None
+        raise ValueError(unreachable(repo, weights, error)) from None
 
 
 def weights_bytes(repo: str) -> int:
@@ -76,12 +77,15 @@ def weights_bytes(repo: str) -> int:
     return sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
 
 
-def unreachable(repo: str, error: Exception) -> str:
+def unreachable(repo: str, weights: bool, error: Exception) -> str:
+    """What to do where there is no network; only the small files are asked for where no weights are needed."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    missing, small = (repo, "") if weights else (f"the tokenizer of {repo}", ' --exclude "*.safetensors"')
+    those = "" if weights else " with config.json, tokenizer.json, tokenizer_config.json and the chat template"
     return (
-        f"model.path: {repo} is not in the Hugging Face cache and could not be downloaded ({reason}). "
-        f"Where there is a network, fetch it with: hf download {repo}   then copy {constants.HF_HUB_CACHE} here, "
-        "or set model.path to a directory"
+        f"model.path: {missing} is not in the Hugging Face cache and could not be downloaded ({reason}). "
+        f"Where there is a network, fetch it with: hf download {repo}{small}   then copy {constants.HF_HUB_CACHE} here, "
+        f"or set model.path to a directory{those}"
     )
 
 
