@@ -156,6 +156,7 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)  # for pipeline_train.py
     review: ReviewConfig = field(default_factory=ReviewConfig)
     log: str = "/tmp/chess-train.log"  # the console's lines, appended
+    log_to: Literal["tensorboard"] | None = None  # where else the numbers of metrics.jsonl are shown
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", self.run) or self.run.startswith("."):

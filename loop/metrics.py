@@ -20,9 +20,10 @@ from data.batches import StepBatch
 from loop.curves import draw_pictures
 from loop.distributed.groups import Ranks
 from loop.errors import ROOT
-from loop.line_file import MEMORY_FILE, METRICS_FILE, SAMPLES_FILE, LineFile
+from loop.line_file import MEMORY_FILE, METRICS_FILE, SAMPLES_FILE, LineFile, read_metrics
 from loop.memory.phases import Memory, peak_gib
 from loop.memory.trace import write_page, write_snapshot
+from loop.tensorboard import TensorBoard
 
 DRAW_EVERY_S = 30
 DRAWN_WITHIN_S = 60  # pictures for which the end of a run waits
@@ -49,10 +50,14 @@ class RunLog:
         log_path: a file to which the console's lines are appended with time stamps.
         device: this rank's.
         enabled: False on every rank but 0.
+        log_to: where else the numbers of metrics.jsonl are shown.
     """
 
-    def __init__(self, run_dir: Path, log_path: str, device: torch.device, enabled: bool) -> None:
-        self.run_dir, self.enabled = run_dir, enabled
+    def __init__(
+        self, run_dir: Path, log_path: str, device: torch.device, enabled: bool, log_to: str | None = None
+    ) -> None:
+        self.run_dir, self.enabled, self.log_to = run_dir, enabled, log_to
+        self.board: TensorBoard | None = None
         self.bar: tqdm | None = None
         self.files: dict[str, LineFile] = {}  # by name; open from `start` on
         self.memory_kind = "allocated" if device.type == "cuda" else "resident"
@@ -94,6 +99,8 @@ class RunLog:
         if self.enabled:
             for name in (METRICS_FILE, MEMORY_FILE, *[SAMPLES_FILE] * (self.run_dir / SAMPLES_FILE).exists()):
                 self.open(name, done, evaluated)
+            if self.log_to == "tensorboard":
+                self.board = TensorBoard(self.run_dir, read_metrics(self.run_dir / METRICS_FILE), self.say)
             self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
 
     def open(self, name: str, done: int, evaluated: bool) -> None:
@@ -106,7 +113,10 @@ class RunLog:
 
     def record(self, values: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl; numbers are not rounded, and are null where they are not finite."""
-        self.append(METRICS_FILE, [json.loads(json.dumps(values), parse_constant=lambda _: None)])
+        record = json.loads(json.dumps(values), parse_constant=lambda _: None)
+        self.append(METRICS_FILE, [record])
+        if self.board is not None:
+            self.board.record(record)
 
     def step(
         self, batch: StepBatch, total: int, *, loss: float, lr: float, grad_norm: float, skipped: bool, step_s: float,
@@ -204,6 +214,6 @@ class RunLog:
         self.drawn()
         if METRICS_FILE in self.files:
             self.say_not_drawn(draw_pictures(self.run_dir, self.memory_kind, self.planned_gib))
-        for closing in (self.bar, *self.files.values(), self.log_file):
+        for closing in (self.board, self.bar, *self.files.values(), self.log_file):
             if closing is not None:
                 closing.close()

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Sequence
 
@@ -68,6 +69,8 @@ def check(config: Config, splits: bool, has_rows: bool = True) -> Config:
     if has_rows and int(os.environ.get("GROUP_RANK", os.environ.get("RANK", 0))) == 0:
         check_rows(config.data)
         check_place(config.run_dir)
+        if config.log_to and not find_spec(config.log_to):
+            raise ValueError(f"log_to is {config.log_to}, which is not installed: pip install {config.log_to}, or log_to=null")
     check_model(config, splits)
     if splits:
         check_ranks(launched_ranks(), config.pipeline.num_stages(otherwise=1))
