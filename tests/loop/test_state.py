@@ -34,6 +34,7 @@ def test_a_run_and_its_checkpoints_have_the_files_that_were_trained_with(finishe
 def test_a_resumed_run_writes_only_what_has_changed_and_says_so(finished_run, write_config, run_train, tmp_path, capsys):
     run_dir = tmp_path / "checkpoints/tiny"
     shutil.copytree(finished_run, run_dir)
+    shutil.rmtree(run_dir / "step-00000010")
     (run_dir / "chat_template.jinja").write_text("edited")
     (run_dir / "generation_config.json").unlink()
     before = (run_dir / "tokenizer.json").stat()
