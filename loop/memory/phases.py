@@ -91,6 +91,7 @@ class Memory:
         self.optimizer: torch.optim.Optimizer | None = None
         self.largest: StepSize | None = None  # of the steps so far, by each key
         self.num_steps = 0
+        self.is_asked = False  # whether `now` was called since the last step began
 
     def attach(
         self, model: nn.Module, adapters: Iterable[nn.Parameter] = (), optimizer: torch.optim.Optimizer | None = None
@@ -108,6 +109,21 @@ class Memory:
             return [p.grad for p in self.adapters if p.grad is not None]
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    def now(self) -> dict[str, int]:
+        """Bytes that tensors hold at this moment, by category: weights, adapters, gradients, optimizer, and `other`, which are
+        activations and what is computed with. For your own lines in the loop: `print(memory.now())`.
+
+        On the CPU `other` is known while a ledger counts: in the first two steps, in every step after one that called this
+        method, and where it is not known it is left out. `resident` is then the whole process, Python and all.
+        """
+        self.is_asked = True
+        held = {category: sum(t.untyped_storage().nbytes() for t in unique(self.tensors(category))) for category in LASTING}
+        on_cuda = self.device.type == "cuda"
+        total = self.read()[0] if on_cuda else self.ledger.current if self.ledger is not None else None
+        if total is not None:
+            held["other"] = total - sum(held.values())
+        return held if on_cuda else held | {"resident": resident()}
 
     # Phases
 
@@ -167,7 +183,8 @@ class Memory:
         self.batch = batch
         self.num_steps += 1
         is_traced, on_cuda = batch.step == self.trace_step, self.device.type == "cuda"
-        is_counted = not on_cuda and self.ledger is None and self.may_be_largest(batch)
+        is_counted = not on_cuda and self.ledger is None and (self.may_be_largest(batch) or self.is_asked)
+        self.is_asked = False
         if self.ledger is not None or not (is_traced or is_counted):
             yield
         else:
@@ -208,6 +225,11 @@ class Memory:
 def weight_tensors(model: nn.Module) -> list[Tensor]:
     """All tensors of a model but its adapters: parameters, buffers, and the states of 4-bit weights."""
     return [t for module in model.modules() for t in own_tensors(module) if not t.requires_grad]
+
+
+def unique(tensors: list[Tensor]) -> list[Tensor]:
+    """One tensor of each storage: a tied head and embedding are held once."""
+    return list({t.untyped_storage()._cdata: t for t in tensors}.values())
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:

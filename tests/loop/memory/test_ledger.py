@@ -103,3 +103,33 @@ def test_what_dies_is_forgotten_and_what_grows_is_noticed():
         assert ledger.current == 500
         torch.empty(7, device="meta")
     assert ledger.current == 500 and ledger.peak == 1500
+
+
+def test_now_says_what_is_held_in_any_line_of_the_loop(make_step, models):
+    """As a user asks while reading the loop: by category, exact to the byte, and in a step that would not be counted too."""
+    stage = build(Path(models["qwen3"]), "int8", LoraConfig(4, 8, ("q_proj",)), seed=0, device=CPU, recompute=False)
+    memory, step = Memory(CPU), make_step([(256,)])
+    adapters = list(stage.adapters().values())
+    memory.attach(stage.model, adapters, torch.optim.AdamW(adapters))
+    memory.num_steps = 5  # no step is counted any more that is as large as those before
+    memory.may_be_largest(step)
+    with memory.step(step):
+        first = memory.now()
+    assert "other" not in first and first["resident"] > first["weights"] > 0 and first["gradients"] == 0
+    assert first["adapters"] == sum(4 * p.numel() for p in adapters)
+    with memory.step(step):
+        before = memory.now()
+        _, x_1TD = accumulate.hidden_states(stage, step.microbatches[0])
+        middle = memory.now()
+        assert middle["other"] - before["other"] > 4 * x_1TD.nbytes, "four layers keep their inputs and more"
+        loss = stage.losses(x_1TD, step.microbatches[0].predict_N, step.microbatches[0].labels_N).sum()
+        del x_1TD
+        loss.backward()
+        last = memory.now()
+    assert last["gradients"] == last["adapters"] and last["other"] < before["other"] + 4096 < middle["other"]
+    with memory.step(step):
+        assert "other" in memory.now()
+    with memory.step(step):  # asked for in the step before
+        pass
+    with memory.step(step):
+        assert memory.ledger is None
