@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 pipeline_train.py --split 40       # the same: start
 
 from __future__ import annotations
 
+from loop.compiling import total_tokens
 from loop.config import parse_command_line
 from loop.distributed.launch import start_stages
 from loop.distributed.preflight import check_split, preflight
@@ -35,12 +36,12 @@ def main() -> None:
     else:
         ranks.on_main(lambda: check_split(config.pipeline.split, 2 * text_config(model_dir).num_hidden_layers))
     ranks.on_main(lambda: prepare_directory(config, log.say))
-    prove(config, model_dir, ranks, log.say)  # that what runs fast here computes right
 
     batches, held_out, chat = load_batches(config, model_dir, ranks)
     earlier = begun(config, model_dir, batches, held_out, ranks, log.say)  # where an earlier start of this run ended
     if earlier.is_finished:
         return leave(config, log, ranks)
+    prove(config, model_dir, ranks, log.say, total_tokens(config, batches))  # that what runs fast here computes right
     ranks.split, costs = choose_split(config, model_dir, batches.rows, num_stages)
     log.say(table(costs, ranks.split, ranks.device.type, ranks.num_replicas))
     plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from loop.compiling import total_tokens
 from loop.config import parse_command_line
 from loop.distributed.preflight import preflight
 from loop.errors import run_command
@@ -29,12 +30,12 @@ def main() -> None:
     config = parse_command_line()
     ranks, model_dir, log = start(config)
     ranks.on_main(lambda: prepare_directory(config, log.say))
-    prove(config, model_dir, ranks, log.say)  # that what runs fast here computes right
 
     batches, held_out, chat = load_batches(config, model_dir, ranks)
     earlier = begun(config, model_dir, batches, held_out, ranks, log.say)  # where an earlier start of this run ended
     if earlier.is_finished:
         return leave(config, log, ranks)
+    prove(config, model_dir, ranks, log.say, total_tokens(config, batches))  # that what runs fast here computes right
     plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):

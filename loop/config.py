@@ -73,6 +73,7 @@ class TrainConfig(Section):
     deterministic: bool = False  # makes repeated runs on a GPU bit-equal, and slower; on the CPU they always are
     router_stats: bool = False  # record each step how evenly every layer's routed experts were used
     fast_paths: Literal["auto", "off", "require"] = "auto"  # switch off those that fail at the start, or all; or fail with them
+    compile: Literal["auto", True, False] = "auto"  # elementwise work into one pass over memory; auto: where it pays
     plan: bool = True  # forecast the run's memory in another process, and compare at the end
     memory_trace: int | None = None  # optimizer step whose allocations are written as a page into the run's directory
 
@@ -265,6 +266,8 @@ def convert(key: str, value: str) -> Any:
         return None
     if any(typing.get_origin(one) is tuple for one in kinds):
         return [item.strip() for item in value.strip("[]() ").split(",") if item.strip()]
+    if value in ("true", "false") and True in kinds:
+        return value == "true"
     return value
 
 

@@ -20,8 +20,8 @@ from model.weights.identity import quick_identity
 DECISIVE = ("model.", "lora.", "data.", "train.", "eval.")  # sections whose settings decide a run's results
 # settings of these sections that may change when a run is resumed: the results differ by rounding only, at dropout 0
 FREE = ("train.microbatch_tokens", "train.recompute", "train.keep_layers", "train.deterministic", "train.router_stats",
-        "train.plan", "train.fast_paths", "train.memory_trace", "data.train", "data.eval", "eval.every", "eval.samples",
-        "model.path")
+        "train.plan", "train.fast_paths", "train.compile", "train.memory_trace", "data.train", "data.eval", "eval.every",
+        "eval.samples", "model.path")
 WEIGHTS = "weights"  # the name under which `course` has the checksum of all weights, once they are loaded
 WEIGHTS_FILE = "weights.json"  # in a run's directory: the checksum of each tensor
 

@@ -14,62 +14,27 @@ import torch
 from torch import Tensor
 
 from data.files import write_text
+from loop.compiling import PATHS_FILE, compiles, start_up
 from loop.config import Config
 from loop.distributed.groups import Ranks
 from loop.optim import make_optimizer
 from model import delta_rule
 from model.build import text_config
-from model.devices import OFF, without
+from model.devices import OFF, ON, taking, without
 from model.matmul import product_in_float32
 from model.mixers import Segments, stream_attention
 from model.moe.expert_weights import MATRICES
 from model.moe.experts import grouped_matmul, has_grouped_kernel
 from model.moe.routing import Group
+from model.ops.fused import SwiGlu
+from model.ops.heads import PlaceHeads
+from model.ops.norms import FusedNorm
 from model.quant import LINEARS
+from model.sizes import Sizes
 
 BIAS_LIMIT = 0.003  # of the share by which results are too large or too small on the whole; rounding hardly moves the share
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.008}  # limit of the relative error, where a path has no limit of its own
 VERSIONS = ("torch", "transformers", "bitsandbytes", "triton", "fla-core")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a case. Heads, experts and hidden sizes are those of a model; 0 where the model has no such thing."""
-
-    tokens: int
-    hidden: int
-    num_out: int  # rows of the largest linear
-    heads: int
-    kv_heads: int
-    head_size: int
-    experts: int
-    expert_size: int
-    key_heads: int
-    value_heads: int
-    delta_size: int
-
-    @classmethod
-    def of(cls, model: Any, tokens: int) -> Sizes:
-        """The sizes of a text model, from its configuration in transformers."""
-        def get(name: str) -> Any:
-            return getattr(model, name, None) or 0
-
-        head_size = get("head_dim") or model.hidden_size // model.num_attention_heads
-        inner = get("intermediate_size") or get("shared_expert_intermediate_size") or model.hidden_size
-        has_delta = "linear_attention" in (getattr(model, "layer_types", None) or ())
-        return cls(tokens, model.hidden_size, inner, model.num_attention_heads, model.num_key_value_heads, head_size,
-                   get("num_experts"), get("moe_intermediate_size"), *(
-                       (get("linear_num_key_heads"), get("linear_num_value_heads"), get("linear_key_head_dim"))
-                       if has_delta else (0, 0, 0)))
-
-    def small(self, on_gpu: bool = False) -> Sizes:
-        """A size that takes no time. On a GPU with all heads: a kernel is compiled and tuned for their number and size."""
-        if on_gpu:
-            return replace(self, tokens=2048, hidden=min(self.hidden, 1024), num_out=min(self.num_out, 2048),
-                           experts=min(self.experts, 8))
-        return Sizes(192, min(self.hidden, 256), min(self.num_out, 512), min(self.heads, 4), min(self.kv_heads, 2),
-                     self.head_size, min(self.experts, 4), min(self.expert_size, 128), min(self.key_heads, 2),
-                     2 * min(self.key_heads, 2) if self.value_heads else 0, self.delta_size)
 
 
 Case = Callable[[Sizes, torch.dtype, torch.device], list[Tensor]]
@@ -146,6 +111,26 @@ def optimizer(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor
     return [weight.detach()]
 
 
+def compiled(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What the model's layers compute elementwise, for a few tokens."""
+    def some(*shape: int, seed: int = 1) -> Tensor:
+        return random(*shape, dtype=dtype, device=device, seed=seed).requires_grad_()
+
+    def both(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+        found = function(*inputs)
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        return [*outputs, *torch.autograd.grad(outputs, inputs, [some(*y.shape, seed=9).detach() for y in outputs])]
+
+    is_new, size = s.kind.startswith("qwen3_5"), s.head_size
+    x, norm = some(1, 64, s.hidden), FusedNorm(some(s.hidden, seed=2).detach(), 1e-6, is_new)
+    found = both(norm.of_sum, x, some(1, 64, s.hidden, seed=3)) + both(norm, x) + both(lambda x: norm.of_sum(x, None), x)
+    found += both(SwiGlu.apply, some(64, s.num_out), some(64, s.num_out, seed=3))
+    norms = None if s.kind == "llama" else (FusedNorm(some(size, seed=4).detach(), 1e-6, is_new),) * 2
+    q, k = some(64, s.heads, size * (1 + is_new)), some(64, s.kv_heads, size, seed=3)  # a new query has a gate beside it
+    cos, sin = (some(64, s.rotated // 2, seed=i).detach().repeat(1, 2) for i in (5, 6))
+    return found + both(lambda q, k: PlaceHeads.apply(q[..., :size], k, norms, cos, sin), q, k)
+
+
 @dataclass(frozen=True)
 class FastPath:
     """One fast path: the case that proves it, the relative error allowed in half precision, and what takes its place."""
@@ -154,6 +139,7 @@ class FastPath:
     instead: str
     limit: float = DTYPES[torch.bfloat16]
     bias_limit: float = BIAS_LIMIT
+    own_sizes: bool = False  # proved at the model's sizes, for which a run then has the code
 
 
 PATHS = {
@@ -163,6 +149,7 @@ PATHS = {
     "int8": FastPath(quantized("int8"), "dequantizing in float32"),
     "nf4": FastPath(quantized("nf4"), "dequantizing by a table in plain torch"),
     "lora_gradients": FastPath(lora_gradients, "sums in half precision"),
+    "compiled": FastPath(compiled, "one kernel of torch an operation", own_sizes=True),
     "adamw8bit": FastPath(optimizer, "AdamW of torch, with 8 bytes a trained parameter instead of 2"),
 }
 
@@ -179,6 +166,7 @@ def taken(config: Config, model: Any, device: torch.device) -> list[str]:
         "grouped_matmul": on_gpu and half and s.experts > 0 and has_grouped_kernel(example, example[None]),
         config.model.base: config.model.base in ("int8", "nf4"),
         "lora_gradients": on_gpu and half,
+        "compiled": compiles(config, model, device),
         "adamw8bit": config.train.optimizer == "adamw8bit",
     }
     return [name for name in PATHS if used.get(name)]
@@ -208,7 +196,8 @@ def compare(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -
         truth, plain = path.case(sizes, torch.float32, device), path.case(sizes, dtype, device)
     found["plain_error"] = max(map(relative, plain, truth))
     try:
-        fast = path.case(sizes, dtype, device)
+        with taking(name):
+            fast = path.case(sizes, dtype, device)
         found["error"], found["bias"] = max(map(relative, fast, truth)), max(map(bias, fast, truth), key=abs)
     except torch.AcceleratorError as error:  # the GPU computes nothing any more in this process
         raise ValueError(f"fast path {name} ended with {str(error).splitlines()[0]}: start again with train.fast_paths=off, "
@@ -232,34 +221,46 @@ def bias(found: Tensor, truth: Tensor) -> float:
     return ((found.double() * truth.double()).sum() / truth.double().square().sum()).item() - 1
 
 
-def prove(config: Config, model_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+def prove(config: Config, model_dir: Path, ranks: Ranks, say: Callable[[str], None], num_tokens: int = 0) -> None:
     """Switches off, on all ranks, every fast path that fails on any of them; writes paths.json into the run's directory.
+
+    Args:
+        num_tokens: that the run trains on.
 
     Raises:
         ValueError: a path fails, and `train.fast_paths` is `require`.
     """
     model, dtype = text_config(model_dir), torch.float32 if config.model.base == "float32" else torch.bfloat16
+    decided = torch.tensor([compiles(config, model, ranks.device, num_tokens)], device=ranks.device)
+    config = replace(config, train=replace(config.train, compile=bool(ranks.broadcast(decided).item())))  # as on rank 0
     names = taken(config, model, ranks.device)
     if config.train.fast_paths == "off":
         OFF.update(names)
         say(f"fast paths are off (train.fast_paths): {', '.join(names) or 'none would have been taken'}")
         return
     OFF.difference_update(PATHS)  # a process may train more than once
+    ON.clear()
     if why := switch_off_unfit(model, ranks.device):
         say(f"the delta rule runs in plain torch: {why}")
     state = torch.random.get_rng_state()
-    found = {name: compare(name, Sizes.of(model, 0).small(ranks.device.type == "cuda"), dtype, ranks.device) for name in names}
+    own = Sizes.of(model, 64)
+    small = own.small(ranks.device.type == "cuda")
+    found = {name: compare(name, own if PATHS[name].own_sizes else small, dtype, ranks.device) for name in names}
     torch.random.set_rng_state(state)
     failed = [float(name in found and bool(found[name]["problem"])) for name in PATHS]
     failed_anywhere = ranks.all_reduce(torch.tensor(failed, device=ranks.device)).tolist()
     problems = [(name, found.get(name, {}).get("problem") or "it failed on another rank")
                 for name, number in zip(PATHS, failed_anywhere) if number]
     if ranks.is_main:
-        report = {"device": device_name(ranks.device), "versions": versions(), "dtype": str(dtype), "paths": found}
-        write_text(config.run_dir / "paths.json", json.dumps(report, indent=1) + "\n")
+        report = {"device": device_name(ranks.device), "versions": versions(), "dtype": str(dtype),
+                  "compiles": config.train.compile, "paths": found}
+        write_text(config.run_dir / PATHS_FILE, json.dumps(report, indent=1) + "\n")
     for name, problem in problems:
         OFF.add(name)
         say(f"fast path {name} is off for this run: {problem}. In its place: {PATHS[name].instead}")
+    (ON if "compiled" in names else OFF if ranks.device.type == "cuda" else set()).add("compiled")
+    if "compiled" in names and "compiled" not in OFF:
+        say(start_up())
     if problems and config.train.fast_paths == "require":
         raise ValueError("train.fast_paths is require, but " + "; ".join(f"{name}: {problem}" for name, problem in problems))
 

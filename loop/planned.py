@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Callable, Iterator
 
 import torch
@@ -17,7 +18,7 @@ from loop.config import Config, to_yaml
 from loop.distributed.groups import Ranks
 from loop.errors import ROOT
 from loop.memory.phases import GIB
-from model.devices import OFF
+from model.devices import OFF, ON
 
 NICENESS = 10
 LIMIT_S = 600
@@ -39,8 +40,9 @@ def start_process(config: Config, ranks: Ranks, *arguments: str) -> subprocess.P
     process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
     assert process.stdin is not None
+    compiles = "compiled" not in OFF and ("compiled" in ON or ranks.device.type == "cuda")
     with suppress(BrokenPipeError), process.stdin as stdin:  # the process may have failed already
-        stdin.write(to_yaml(config))
+        stdin.write(to_yaml(replace(config, train=replace(config.train, compile=compiles))))
     os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
     return process
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from model.matmul import project
 from model.mixers import Segments, stream_attention
+from model.ops.heads import PlaceHeads
+from model.ops.norms import FusedNorm
 
 # T tokens of the stream, D hidden size, H query heads, G key/value heads, E head size, S of it rotated, X heads side by side
 
@@ -28,8 +29,8 @@ class Attention(nn.Module):
     k_proj: nn.Module
     v_proj: nn.Module
     o_proj: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
+    q_norm: FusedNorm
+    k_norm: FusedNorm
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -45,28 +46,11 @@ class Attention(nn.Module):
             (q, self.head_size * (1 + self.is_gated)), (k, self.head_size), (v, self.head_size)))
         q_1THE, *gate = q_1THE.split(self.head_size, dim=3)
         norms = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else None
-        q_1HTE, k_1GTE = placed_heads(q_1THE, k_1TGE, norms, *rotary)
+        q_THE, k_TGE = PlaceHeads.apply(q_1THE.flatten(0, 1), k_1TGE.flatten(0, 1), norms, *(x.flatten(0, 1) for x in rotary))
+        q_1HTE, k_1GTE = q_THE.transpose(0, 1)[None], k_TGE.transpose(0, 1)[None]
         attend = stream_attention if segments.memory is None else partial(segments.memory.attention, self.layer_idx)
         o_1TX = attend(q_1HTE, k_1GTE, v_1TGE.transpose(1, 2), self.scaling, segments).flatten(2)
         if self.is_gated:
             o_1TX = o_1TX * gate[0].flatten(2).sigmoid()
         y_1TD: Tensor = self.o_proj(o_1TX)
         return y_1TD
-
-
-def placed_heads(
-    q_1THE: Tensor, k_1TGE: Tensor, norms: tuple[nn.Module, nn.Module] | None, cos_1TS: Tensor, sin_1TS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Queries [1, H, T, E] and keys [1, G, T, E], normed and rotated, as attention takes them."""
-    if norms is not None:
-        q_1THE, k_1TGE = norms[0](q_1THE), norms[1](k_1TGE)
-    cos_1T1S, sin_1T1S = cos_1TS[:, :, None], sin_1TS[:, :, None]
-    return rotate(q_1THE, cos_1T1S, sin_1T1S).transpose(1, 2), rotate(k_1TGE, cos_1T1S, sin_1T1S).transpose(1, 2)
-
-
-def rotate(x_1THE: Tensor, cos_1T1S: Tensor, sin_1T1S: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) of each head's first S numbers, whose halves are pairs."""
-    turned, rest = x_1THE.split([cos_1T1S.shape[3], x_1THE.shape[3] - cos_1T1S.shape[3]], dim=3)
-    first, second = turned.chunk(2, dim=3)
-    turned = turned * cos_1T1S + torch.cat([-second, first], dim=3) * sin_1T1S
-    return torch.cat([turned, rest], dim=3) if rest.shape[3] else turned

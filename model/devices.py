@@ -13,6 +13,7 @@ from torch import Tensor
 PLANNED: list[str] = []  # the device type that a plan is made for; empty while there is no plan
 CARD: list[int | None] = []  # beside it the generation of the card, as of `generation`
 OFF: set[str] = set()  # fast paths that this process does not take, by their names in loop/paths.py
+ON: set[str] = set()  # fast paths that a CPU takes only where they are named here, because their start takes long
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -54,3 +55,15 @@ def without(path: str) -> Iterator[None]:
     finally:
         if not was_off:
             OFF.discard(path)
+
+
+@contextmanager
+def taking(path: str) -> Iterator[None]:
+    """While the context lasts, a CPU takes a fast path that it takes only where it is asked to."""
+    was_on = path in ON
+    ON.add(path)
+    try:
+        yield
+    finally:
+        if not was_on:
+            ON.discard(path)

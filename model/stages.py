@@ -91,14 +91,17 @@ def last_summand(layer: Any, feed_forward: bool) -> nn.Module:
 def decoder_layer(
     layer: Any, x_1TD: Tensor, rotary: Any, segments: Segments, mixer: bool = True, feed_forward: bool = True
 ) -> Tensor:
-    """One decoder layer, or only one of its two sublayers where a cut between stages separates them."""
+    """One decoder layer, or only one of its two sublayers where a cut between stages separates them. A norm adds its sublayer's
+    input to the stream in the same pass over memory."""
+    h_1TD: Tensor | None = None
     if mixer:
-        h_1TD = layer.input_layernorm(x_1TD)
+        x_1TD, normed_1TD = layer.input_layernorm.of_sum(x_1TD, None)
         if hasattr(layer, "linear_attn"):
-            h_1TD = packed_delta_rule(layer.linear_attn, h_1TD, segments)
+            h_1TD = packed_delta_rule(layer.linear_attn, normed_1TD, segments)
         else:
-            h_1TD = layer.self_attn(h_1TD, rotary, segments)
-        x_1TD = x_1TD + h_1TD
+            h_1TD = layer.self_attn(normed_1TD, rotary, segments)
     if feed_forward:
-        x_1TD = x_1TD + layer.mlp(layer.post_attention_layernorm(x_1TD))
-    return x_1TD
+        x_1TD, normed_1TD = layer.post_attention_layernorm.of_sum(x_1TD, h_1TD)
+        h_1TD = layer.mlp(normed_1TD)
+    assert h_1TD is not None, "a stage holds a sublayer of each of its layers"
+    return x_1TD + h_1TD

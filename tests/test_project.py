@@ -15,7 +15,7 @@ OURS = {"data", "model", "loop", "train", "pipeline_train", "bench", "tests"}
 FLOORS = [
     {"errors", "config", "checkpoint", "line_file", "tensorboard"},
     {"distributed"},
-    {"memory", "optim", "identity", "curves"},
+    {"memory", "optim", "identity", "curves", "compiling"},
     {"accumulate", "evaluate", "metrics", "state", "planned", "paths", "samples"},
     {"fit", "pipeline", "run"},
     {"plan", "review", "export", "check", "inspect", "out_of_memory"},

@@ -32,7 +32,7 @@ from loop.pipeline.split import RowLengths, balance, sublayer_costs
 from loop.plan.search import search
 from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, read_rows
 from loop.run import find_model
-from model.devices import OFF
+from model.devices import OFF, ON
 
 CARD_GIB = 32.0
 NUM_LINES = 8
@@ -48,6 +48,8 @@ def main() -> None:
     OFF.update(filter(None, args.without.split(",")))
     with redirect_stdout(sys.stderr):  # for what the rehearsed training code prints
         config = load_config(args.config, args.overrides)
+        if config.train.compile != "auto":
+            (ON if config.train.compile else OFF).add("compiled")
         workload, card_gib = read_workload(args, config), args.card or CARD_GIB
         print(search(workload, card_gib) if args.fit else planned(workload, args, card_gib), file=out, flush=True)
         for setting in args.tries:

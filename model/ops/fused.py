@@ -1,5 +1,6 @@
 """Norms and SwiGLU with a backward pass by hand: the same numbers as transformers' modules, in half the memory or less.
-Keeps the inputs in the compute dtype; the backward pass recomputes whatever is cheap."""
+Keeps the inputs in the compute dtype; the backward pass recomputes whatever is cheap. Each function with `@compiled` is one
+pass over memory where the fast path "compiled" is taken."""
 
 from __future__ import annotations
 
@@ -11,80 +12,15 @@ from torch import Tensor, nn
 
 from model.attention import ATTENTIONS, GATED_ATTENTIONS, Attention
 from model.matmul import project
+from model.ops.compiled import compiled
+from model.ops.norms import FusedNorm, norm, norm_backward, rows
 
-# X any leading dimensions, D features, I features inside the feed-forward
+# X any leading dimensions, T the rows that they make, D features, I features inside the feed-forward
 
 NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm")  # weight * (x / rms(x))
 CENTERED_NORMS = ("Qwen3_5MoeRMSNorm",)  # (1 + weight) * (x / rms(x))
 GATED_NORMS = ("Qwen3_5MoeRMSNormGated",)  # weight * (x / rms(x)) * silu(gate)
 FEED_FORWARDS = ("LlamaMLP", "Qwen3MLP", "Qwen3_5MoeMLP")  # down(silu(gate(x)) * up(x))
-
-
-class FusedNorm(nn.Module):
-    """RMSNorm with a frozen weight. transformers' module keeps two float32 copies of x for the backward pass."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    def forward(self, x_XD: Tensor) -> Tensor:
-        return RootMeanSquareNorm.apply(x_XD, self.weight, self.eps)
-
-
-class RootMeanSquareNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467), in float32, but rounded before the
-    weight multiplies, as in transformers. Keeps x and one float32 number a position."""
-
-    @staticmethod
-    def forward(ctx: Any, x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x32_XD = x_XD.float()
-        rstd_X1 = reciprocal_rms(x32_XD, eps)
-        ctx.save_for_backward(x_XD, weight_D, rstd_X1)
-        return (x32_XD * rstd_X1).to(x_XD.dtype).mul_(weight_D)
-
-    @staticmethod
-    def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, None, None]:
-        x_XD, weight_D, rstd_X1 = ctx.saved_tensors
-        return norm_backward(x_XD, rstd_X1, dy_XD * weight_D.float()).to(x_XD.dtype), None, None
-
-
-def reciprocal_rms(x32_XD: Tensor, eps: float) -> Tensor:
-    norm_X1 = torch.linalg.vector_norm(x32_XD, dim=-1, keepdim=True)  # writes no x * x to memory
-    return norm_X1.square_().div_(x32_XD.shape[-1]).add_(eps).rsqrt_()
-
-
-def norm_backward(x_XD: Tensor, rstd_X1: Tensor, dnormed_XD: Tensor) -> Tensor:
-    """The gradient of x, in float32, from the gradient of x * rstd, which is overwritten."""
-    normed_XD = x_XD * rstd_X1
-    minus_mean_X1 = (normed_XD * dnormed_XD).sum(-1, keepdim=True).div_(-x_XD.shape[-1])
-    return dnormed_XD.addcmul_(normed_XD, minus_mean_X1).mul_(rstd_X1)
-
-
-class FusedCenteredNorm(nn.Module):
-    """Qwen3.5's RMSNorm, whose frozen weight is stored minus 1. transformers' module keeps a float32 copy of x."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps
-
-    def forward(self, x_XD: Tensor) -> Tensor:
-        return CenteredNorm.apply(x_XD, self.weight, self.eps)
-
-
-class CenteredNorm(torch.autograd.Function):
-    """(1 + weight) * x / sqrt(mean(x^2) + eps) in float32, rounded at the end. Keeps as much as RootMeanSquareNorm."""
-
-    @staticmethod
-    def forward(ctx: Any, x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x32_XD = x_XD.float()
-        rstd_X1 = reciprocal_rms(x32_XD, eps)
-        ctx.save_for_backward(x_XD, weight_D, rstd_X1)
-        return (x32_XD * rstd_X1).mul_(weight_D.float() + 1).to(x_XD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, None, None]:
-        x_XD, weight_D, rstd_X1 = ctx.saved_tensors
-        return norm_backward(x_XD, rstd_X1, dy_XD * (weight_D.float() + 1)).to(x_XD.dtype), None, None
 
 
 class FusedGatedNorm(nn.Module):
@@ -99,26 +35,38 @@ class FusedGatedNorm(nn.Module):
 
 
 class GatedNorm(torch.autograd.Function):
-    """RootMeanSquareNorm(x) * silu(gate), the product in float32. Keeps x, the gate and one float32 number a position."""
+    """norm(x) * silu(gate), the product in float32. Keeps x, the gate and one float32 number a position."""
 
     @staticmethod
     def forward(ctx: Any, x_XD: Tensor, gate_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x32_XD = x_XD.float()
-        rstd_X1 = reciprocal_rms(x32_XD, eps)
-        ctx.save_for_backward(x_XD, gate_XD, weight_D, rstd_X1)
-        weighted_XD = (x32_XD * rstd_X1).to(x_XD.dtype).mul_(weight_D)
-        del x32_XD  # before the gate's float32 copy, which is as large
-        return F.silu(gate_XD.float()).mul_(weighted_XD).to(x_XD.dtype)
+        y_TD, rstd_T1 = gated_norm(rows(x_XD), rows(gate_XD), weight_D, eps)
+        ctx.save_for_backward(x_XD, gate_XD, weight_D, rstd_T1)
+        return y_TD.view(x_XD.shape)
 
     @staticmethod
     def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_XD, gate_XD, weight_D, rstd_X1 = ctx.saved_tensors
-        gate32_XD = gate_XD.float()
-        dgate_XD = (x_XD * rstd_X1).to(x_XD.dtype).mul_(weight_D) * dy_XD.float()
-        dgate_XD = torch.ops.aten.silu_backward(dgate_XD, gate32_XD).to(gate_XD.dtype)
-        dweighted_XD = F.silu(gate32_XD).mul_(dy_XD).to(x_XD.dtype)
-        del gate32_XD
-        return norm_backward(x_XD, rstd_X1, dweighted_XD * weight_D.float()).to(x_XD.dtype), dgate_XD, None, None
+        x_XD, gate_XD, weight_D, rstd_T1 = ctx.saved_tensors
+        dx_TD, dgate_TD = gated_norm_backward(rows(x_XD), rows(gate_XD), rstd_T1, weight_D, rows(dy_XD))
+        return dx_TD.view(x_XD.shape), dgate_TD.view(x_XD.shape), None, None
+
+
+@compiled()
+def gated_norm(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed_TD, rstd_T1 = norm.plain(x_TD, weight_D, eps, False)
+    return F.silu(gate_TD.float()).mul_(normed_TD).to(x_TD.dtype), rstd_T1
+
+
+@compiled()
+def gated_norm_backward(
+    x_TD: Tensor, gate_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, dy_TD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the gate."""
+    gate32_TD = gate_TD.float()
+    dgate_TD = (x_TD * rstd_T1).to(x_TD.dtype).mul_(weight_D) * dy_TD.float()
+    dgate_TD = torch.ops.aten.silu_backward(dgate_TD, gate32_TD).to(gate_TD.dtype)
+    dnorm_TD = F.silu(gate32_TD).mul_(dy_TD).to(x_TD.dtype)
+    del gate32_TD
+    return norm_backward.plain(x_TD, rstd_T1, weight_D, dnorm_TD, None, False), dgate_TD
 
 
 class FusedFeedForward(nn.Module):
@@ -139,13 +87,23 @@ class SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_XI: Tensor, up_XI: Tensor) -> Tensor:
         ctx.save_for_backward(gate_XI, up_XI)
-        return F.silu(gate_XI).mul_(up_XI)
+        return swiglu(rows(gate_XI), rows(up_XI)).view(gate_XI.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy_XI: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy_XI: Tensor) -> tuple[Tensor, ...]:
         gate_XI, up_XI = ctx.saved_tensors
-        dgate_XI = torch.ops.aten.silu_backward(dy_XI * up_XI, gate_XI)
-        return dgate_XI, F.silu(gate_XI).mul_(dy_XI)
+        return tuple(d_TI.view(gate_XI.shape) for d_TI in swiglu_backward(rows(dy_XI), rows(gate_XI), rows(up_XI)))
+
+
+@compiled()
+def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    return F.silu(gate_TI).mul_(up_TI)
+
+
+@compiled()
+def swiglu_backward(dy_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    return torch.ops.aten.silu_backward(dy_TI * up_TI, gate_TI), F.silu(gate_TI).mul_(dy_TI)
 
 
 def fuse(model: nn.Module) -> None:
@@ -163,11 +121,18 @@ def fuse(model: nn.Module) -> None:
             if kind not in ATTENTIONS + GATED_ATTENTIONS:
                 raise RuntimeError(f"{name} is a {kind}, which is not known: add it to ATTENTIONS in model/attention.py")
             setattr(model.get_submodule(parent), last, Attention(module))
-        for kinds, fused in ((NORMS, FusedNorm), (CENTERED_NORMS, FusedCenteredNorm), (GATED_NORMS, FusedGatedNorm)):
-            if kind in kinds:
-                setattr(model.get_submodule(parent), last, fused(module))
-                num_norms += 1
+        if kind in NORMS + CENTERED_NORMS + GATED_NORMS:
+            setattr(model.get_submodule(parent), last, fused_norm(module))
+            num_norms += 1
     if not num_norms:
         classes = sorted({type(module).__name__ for module in model.modules() if "norm" in type(module).__name__.lower()})
         raise RuntimeError(f"model/ops/fused.py knows no norm of this model, which has {', '.join(classes) or 'none'}: add its "
                            "class to NORMS, CENTERED_NORMS or GATED_NORMS there")
+
+
+def fused_norm(norm: Any) -> nn.Module:
+    if type(norm).__name__ in GATED_NORMS:
+        return FusedGatedNorm(norm)
+    if type(norm).__name__ in CENTERED_NORMS:
+        return FusedNorm(norm.weight, norm.eps, centered=True)
+    return FusedNorm(norm.weight, norm.variance_epsilon)
