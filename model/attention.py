@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.matmul import project
 from model.mixers import Segments, stream_attention
+from model.ops.gates import SigmoidGate
 from model.ops.heads import PlaceHeads
 from model.ops.norms import FusedNorm
 
@@ -49,8 +50,8 @@ class Attention(nn.Module):
         q_THE, k_TGE = PlaceHeads.apply(q_1THE.flatten(0, 1), k_1TGE.flatten(0, 1), norms, *(x.flatten(0, 1) for x in rotary))
         q_1HTE, k_1GTE = q_THE.transpose(0, 1)[None], k_TGE.transpose(0, 1)[None]
         attend = stream_attention if segments.memory is None else partial(segments.memory.attention, self.layer_idx)
-        o_1TX = attend(q_1HTE, k_1GTE, v_1TGE.transpose(1, 2), self.scaling, segments).flatten(2)
+        o_1THE = attend(q_1HTE, k_1GTE, v_1TGE.transpose(1, 2), self.scaling, segments)
         if self.is_gated:
-            o_1TX = o_1TX * gate[0].flatten(2).sigmoid()
-        y_1TD: Tensor = self.o_proj(o_1TX)
+            o_1THE = SigmoidGate.apply(o_1THE[0], gate[0][0], None)[None]
+        y_1TD: Tensor = self.o_proj(o_1THE.flatten(2))
         return y_1TD

@@ -26,6 +26,7 @@ from model.ops.gated_delta import (
     gated_delta_rule,
     gated_delta_rule_with_state,
 )
+from model.ops.gates import DeltaGates
 
 # T tokens of the stream, D hidden size, R segments; of a padded batch: B rows, L positions; C channels of queries, keys and
 # values side by side, H value heads, G key heads, V and K their sizes, W width of the convolution, N positions near a bound
@@ -43,8 +44,8 @@ def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
     """
     assert module.activation == "silu" and module.conv1d.bias is None
     qkv_1TC, z_1TX = project(x_1TD, module.in_proj_qkv, module.in_proj_z)
-    beta_1TH = module.in_proj_b(x_1TD).sigmoid()
-    g_1TH = -module.A_log.float().exp() * F.softplus(module.in_proj_a(x_1TD).float() + module.dt_bias)
+    a_TH, b_TH = module.in_proj_a(x_1TD)[0], module.in_proj_b(x_1TD)[0]
+    g_1TH, beta_1TH = (x[None] for x in DeltaGates.apply(a_TH, b_TH, module.A_log, module.dt_bias))
     if segments.memory is not None:
         o_1THV = segments.memory.delta_rule(module, qkv_1TC, g_1TH, beta_1TH, segments)
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.attention import ATTENTIONS, GATED_ATTENTIONS, Attention
 from model.matmul import project
 from model.ops.compiled import compiled
+from model.ops.gates import SigmoidGate
 from model.ops.norms import FusedNorm, norm, norm_backward, rows
 
 # X any leading dimensions, T the rows that they make, D features, I features inside the feed-forward
@@ -21,6 +22,7 @@ NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm")  # weight * (x / rms(x))
 CENTERED_NORMS = ("Qwen3_5MoeRMSNorm",)  # (1 + weight) * (x / rms(x))
 GATED_NORMS = ("Qwen3_5MoeRMSNormGated",)  # weight * (x / rms(x)) * silu(gate)
 FEED_FORWARDS = ("LlamaMLP", "Qwen3MLP", "Qwen3_5MoeMLP")  # down(silu(gate(x)) * up(x))
+WITH_EXPERTS = ("Qwen3_5MoeSparseMoeBlock",)  # routed experts + sigmoid(gate) * shared expert
 
 
 class FusedGatedNorm(nn.Module):
@@ -106,6 +108,21 @@ def swiglu_backward(dy_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> tuple[Tens
     return torch.ops.aten.silu_backward(dy_TI * up_TI, gate_TI), F.silu(gate_TI).mul_(dy_TI)
 
 
+class FusedExperts(nn.Module):
+    """Routed experts and a shared one behind a gate, with the children of transformers' module."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.gate, self.experts = block.gate, block.experts
+        self.shared_expert, self.shared_expert_gate = block.shared_expert, block.shared_expert_gate
+
+    def forward(self, x_XD: Tensor) -> Tensor:
+        x_TD = rows(x_XD)
+        shared_TD, gate_T1 = self.shared_expert(x_TD), self.shared_expert_gate(x_TD)
+        _, weight_TK, index_TK = self.gate(x_TD)
+        return SigmoidGate.apply(shared_TD, gate_T1, self.experts(x_TD, index_TK, weight_TK)).view(x_XD.shape)
+
+
 def fuse(model: nn.Module) -> None:
     """Replaces transformers' norms, feed-forwards and attention by modules with the same names and the same children.
 
@@ -117,6 +134,8 @@ def fuse(model: nn.Module) -> None:
         kind, (parent, _, last) = type(module).__name__, name.rpartition(".")
         if kind in FEED_FORWARDS and module.config.hidden_act == "silu":
             setattr(model.get_submodule(parent), last, FusedFeedForward(module))
+        if kind in WITH_EXPERTS:
+            setattr(model.get_submodule(parent), last, FusedExperts(module))
         if last == "self_attn":
             if kind not in ATTENTIONS + GATED_ATTENTIONS:
                 raise RuntimeError(f"{name} is a {kind}, which is not known: add it to ATTENTIONS in model/attention.py")
