@@ -137,12 +137,14 @@ def test_five_steps_in_a_row_that_are_not_finite_end_the_run(write_config, run_t
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_and_run_again_a_run_is_the_uninterrupted_one(write_config, read_metrics, tmp_path):
+@pytest.mark.parametrize("compiles", [False, True])
+def test_killed_at_any_step_and_run_again_a_run_is_the_uninterrupted_one(write_config, read_metrics, tmp_path, compiles):
     """Two ranks, int8 base, dropout, 8-bit optimizer; killed before the first checkpoint, after it, and after a resume."""
     def start(run):
         return Run(ROOT / "train.py", "--config", config, f"run={run}", ranks=2, directory=tmp_path)
 
-    config = write_config(model__base="int8", lora__dropout=0.1, train__optimizer="adamw8bit", train__recompute=True)
+    config = write_config(model__base="int8", lora__dropout=0.1, train__optimizer="adamw8bit", train__recompute=True,
+                          train__compile=compiles)
     assert start("whole").wait() == [0, 0]
     whole = read_metrics(tmp_path / "checkpoints/whole")
 
@@ -159,7 +161,7 @@ def test_killed_at_any_step_and_run_again_a_run_is_the_uninterrupted_one(write_c
         run.kill()
         assert killed.read_text().count("\n") < len(whole), "killed too late to show anything"
     run = start("killed")
-    assert run.wait() == [0, 0] and "continuing from" in run.said
+    assert run.wait() == [0, 0] and "continuing from" in run.said and ("compiled code for" in run.said) == compiles
     assert read_metrics(tmp_path / "checkpoints/killed") == whole
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         paths = [tmp_path / f"checkpoints/{run}/step-00000010/{name}" for run in ("whole", "killed")]

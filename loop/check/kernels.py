@@ -15,12 +15,14 @@ from loop.config import Config
 from loop.optim import make_optimizer
 from loop.paths import PATHS, Sizes, compare, random, relative, taken, three_segments
 from model import delta_rule
+from model.devices import taking
 from model.matmul import product_in_float32
 from model.mixers import stream_attention
 from model.moe.experts import grouped_matmul
 from model.moe.routing import Group
 from model.ops.gated_delta import CHUNK
 from model.ops.loss import supervised_losses
+from model.ops.norms import FusedNorm
 from model.quant import LINEARS
 
 GPU_TOKENS, CPU_TOKENS = 8192, 32
@@ -129,6 +131,17 @@ def optimizer(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Calla
     return adamw.step, 0.0, weight.numel() * (3 * 4 + 4 * 1)  # weight twice, gradient once; both moments twice, a byte each
 
 
+def compiled(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], float, float]:
+    x, h, weight = (random(*shape, dtype=dtype, device=device) for shape in (
+        (s.tokens, s.hidden), (s.tokens, s.hidden), (s.hidden,)))
+    norm = FusedNorm(weight, 1e-6)
+
+    def call() -> object:
+        with taking("compiled"):
+            return norm.of_sum(x, h)
+    return call, 0.0, 4 * x.nbytes
+
+
 def dequantizing(base: str, stored: float) -> Timed:
     def timed(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], float, float]:
         linear = LINEARS[base](s.hidden, s.num_out, dtype, device)
@@ -139,7 +152,8 @@ def dequantizing(base: str, stored: float) -> Timed:
 
 TIMED: dict[str, Timed] = {
     "attention": attention, "delta_rule": delta, "grouped_matmul": grouped, "int8": dequantizing("int8", 1),
-    "nf4": dequantizing("nf4", 0.516), "lora_gradients": lora_gradients, "adamw8bit": optimizer}
+    "nf4": dequantizing("nf4", 0.516), "lora_gradients": lora_gradients,
+    "compiled": compiled, "adamw8bit": optimizer}
 
 
 def loss(model: Any, dtype: torch.dtype, device: torch.device, own: Rates) -> Finding:
