@@ -17,7 +17,7 @@ from loop import checkpoint
 from loop.config import Config
 from model.ops.compiled import ALL
 
-START_S = 15.0  # of the first start on a machine; later ones take a fifth
+START_S = 10.0  # of the first start on a machine; later ones take a fifth
 SAVED_S = 4e-9  # on a CPU for each token, layer and hidden feature
 PATHS_FILE = "paths.json"  # in a run's directory
 

@@ -52,6 +52,6 @@ class Attention(nn.Module):
         attend = stream_attention if segments.memory is None else partial(segments.memory.attention, self.layer_idx)
         o_1THE = attend(q_1HTE, k_1GTE, v_1TGE.transpose(1, 2), self.scaling, segments)
         if self.is_gated:
-            o_1THE = SigmoidGate.apply(o_1THE[0], gate[0][0], None)[None]
+            o_1THE = SigmoidGate.apply(o_1THE.flatten(0, 1), gate[0].flatten(0, 1), None)[None]
         y_1TD: Tensor = self.o_proj(o_1THE.flatten(2))
         return y_1TD

@@ -44,7 +44,7 @@ def packed_delta_rule(module: Any, x_1TD: Tensor, segments: Segments) -> Tensor:
     """
     assert module.activation == "silu" and module.conv1d.bias is None
     qkv_1TC, z_1TX = project(x_1TD, module.in_proj_qkv, module.in_proj_z)
-    a_TH, b_TH = module.in_proj_a(x_1TD)[0], module.in_proj_b(x_1TD)[0]
+    a_TH, b_TH = (linear(x_1TD).flatten(0, 1) for linear in (module.in_proj_a, module.in_proj_b))
     g_1TH, beta_1TH = (x[None] for x in DeltaGates.apply(a_TH, b_TH, module.A_log, module.dt_bias))
     if segments.memory is not None:
         o_1THV = segments.memory.delta_rule(module, qkv_1TC, g_1TH, beta_1TH, segments)

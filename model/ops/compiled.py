@@ -22,6 +22,7 @@ MOST_NUMBERS = 2**31 - 1  # that 32 bits index
 OPTIONS = {  # of inductor
     "compile_threads": 1,  # no processes beside this one, which ends by signals
     "cpp.vec_isa_ok": True,  # else each process tries for 3 s which vector instructions the CPU has, though the CPU says so
+    "use_joint_graph_passes": False,  # prepares to find attention, which none of these functions has
     "triton.autotune_pointwise": False,  # a choice by the clock differs from run to run, and takes time at the start
 }
 
