@@ -23,9 +23,9 @@ from model.build import text_config
 from model.devices import OFF, ON, taking, without
 from model.matmul import product_in_float32
 from model.mixers import Segments, stream_attention
+from model.moe import by_kernel
 from model.moe.expert_weights import MATRICES
-from model.moe.experts import grouped_matmul, has_grouped_kernel
-from model.moe.routing import Group
+from model.moe.experts import FrozenExperts, has_grouped_kernel
 from model.ops.fused import SwiGlu
 from model.ops.heads import PlaceHeads
 from model.ops.norms import FusedNorm
@@ -71,13 +71,21 @@ def delta(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [o, *torch.autograd.grad(o, (qkv, g, beta), random(*o.shape, dtype=dtype, device=device, seed=4))]
 
 
-def grouped(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    counts = [s.tokens // s.experts] * s.experts
-    stops = torch.tensor(counts, device=device).cumsum(0).int()
-    group = Group(0, tuple(counts), 0, stops)
-    x = random(sum(counts), s.hidden, dtype=dtype, device=device)
-    w = random(s.experts, s.hidden, 2 * s.expert_size, dtype=dtype, device=device, seed=1, spread=s.hidden**-0.5)
-    return [grouped_matmul(x, w, group)]
+def routed(s: Sizes, dtype: torch.dtype, device: torch.device, top_k: int = 2) -> tuple[FrozenExperts, Tensor, Tensor, Tensor]:
+    """Experts, hidden states, and each token's experts and routing weights; the last expert gets no token."""
+    experts = FrozenExperts(s.experts, s.hidden, s.expert_size, s.base, dtype, device)
+    for e in range(s.experts):
+        experts.put(e, *(random(*shape, dtype=torch.bfloat16, device=device, seed=e, spread=shape[1] ** -0.5)
+                         for shape in ((2 * s.expert_size, s.hidden), (s.hidden, s.expert_size))))
+    scores = random(s.tokens, s.experts, dtype=torch.float32, device=device)
+    weight, index = scores[:, :-1].softmax(-1).topk(top_k)
+    return experts, random(s.tokens, s.hidden, dtype=dtype, device=device, seed=1), index, weight.bfloat16().to(dtype)
+
+
+def routed_experts(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    experts, x, index, weight = routed(s, dtype, device)
+    y = experts(x.requires_grad_(), index, weight.requires_grad_())
+    return [y, *torch.autograd.grad(y, (x, weight), random(*y.shape, dtype=dtype, device=device, seed=2))]
 
 
 def quantized(base: str) -> Case:
@@ -145,7 +153,8 @@ class FastPath:
 PATHS = {
     "attention": FastPath(attention, "one call of torch's attention for each row"),
     "delta_rule": FastPath(delta, "the rule in plain torch, faster than transformers' and slower than the kernel", 0.03, 0.01),
-    "grouped_matmul": FastPath(grouped, "one matmul an expert"),
+    "grouped_matmul": FastPath(routed_experts, "one matmul an expert"),
+    "expert_kernel": FastPath(routed_experts, "one matmul an expert"),
     "int8": FastPath(quantized("int8"), "dequantizing in float32"),
     "nf4": FastPath(quantized("nf4"), "dequantizing by a table in plain torch"),
     "lora_gradients": FastPath(lora_gradients, "sums in half precision"),
@@ -164,6 +173,8 @@ def taken(config: Config, model: Any, device: torch.device) -> list[str]:
         "attention": on_gpu and half,
         "delta_rule": on_gpu and s.value_heads > 0 and not delta_rule.why_no_kernel(generation),
         "grouped_matmul": on_gpu and half and s.experts > 0 and has_grouped_kernel(example, example[None]),
+        "expert_kernel": (half and s.experts > 0 and not config.lora.experts
+                          and by_kernel.fits(example, s.hidden, s.expert_size)),
         config.model.base: config.model.base in ("int8", "nf4"),
         "lora_gradients": on_gpu and half,
         "compiled": compiles(config, model, device),
@@ -243,7 +254,7 @@ def prove(config: Config, model_dir: Path, ranks: Ranks, say: Callable[[str], No
     if why := switch_off_unfit(model, ranks.device):
         say(f"the delta rule runs in plain torch: {why}")
     state = torch.random.get_rng_state()
-    own = Sizes.of(model, 64)
+    own = Sizes.of(model, 64, config.model.base)
     small = own.small(ranks.device.type == "cuda")
     found = {name: compare(name, own if PATHS[name].own_sizes else small, dtype, ranks.device) for name in names}
     torch.random.set_rng_state(state)

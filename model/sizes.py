@@ -23,9 +23,10 @@ class Sizes:
     delta_size: int
     rotated: int  # of each head's numbers
     kind: str  # model_type in transformers
+    base: str = "nf4"  # how experts are stored
 
     @classmethod
-    def of(cls, model: Any, tokens: int) -> Sizes:
+    def of(cls, model: Any, tokens: int, base: str = "nf4") -> Sizes:
         """The sizes of a text model, from its configuration in transformers."""
         def get(name: str) -> Any:
             return getattr(model, name, None) or 0
@@ -37,7 +38,7 @@ class Sizes:
         return cls(tokens, model.hidden_size, inner, model.num_attention_heads, model.num_key_value_heads, head_size,
                    get("num_experts"), get("moe_intermediate_size"), *(
                        (get("linear_num_key_heads"), get("linear_num_value_heads"), get("linear_key_head_dim"))
-                       if has_delta else (0, 0, 0)), rotated=rotated, kind=model.model_type)
+                       if has_delta else (0, 0, 0)), rotated=rotated, kind=model.model_type, base=base)
 
     def small(self, on_gpu: bool = False) -> Sizes:
         """A size that takes no time. On a GPU with all heads: a kernel is compiled and tuned for their number and size."""
@@ -46,4 +47,5 @@ class Sizes:
                            experts=min(self.experts, 8))
         return Sizes(192, min(self.hidden, 256), min(self.num_out, 512), min(self.heads, 4), min(self.kv_heads, 2),
                      self.head_size, min(self.experts, 4), min(self.expert_size, 128), min(self.key_heads, 2),
-                     2 * min(self.key_heads, 2) if self.value_heads else 0, self.delta_size, self.rotated, self.kind)
+                     2 * min(self.key_heads, 2) if self.value_heads else 0, self.delta_size, self.rotated, self.kind,
+                     self.base)

@@ -13,13 +13,20 @@ from torch import Tensor
 from loop.check.findings import Finding, seconds
 from loop.config import Config
 from loop.optim import make_optimizer
-from loop.paths import PATHS, Sizes, compare, random, relative, taken, three_segments
+from loop.paths import (
+    PATHS,
+    Sizes,
+    compare,
+    random,
+    relative,
+    routed,
+    taken,
+    three_segments,
+)
 from model import delta_rule
 from model.devices import taking
 from model.matmul import product_in_float32
 from model.mixers import stream_attention
-from model.moe.experts import grouped_matmul
-from model.moe.routing import Group
 from model.ops.gated_delta import CHUNK
 from model.ops.loss import supervised_losses
 from model.ops.norms import FusedNorm
@@ -43,7 +50,7 @@ def kernels(config: Config, model: Any, device: torch.device) -> list[Finding]:
     on_gpu, dtype = device.type == "cuda", torch.float32 if config.model.base == "float32" else torch.bfloat16
     if not on_gpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
         dtype = torch.float32  # without instructions for bf16 a matmul over the vocabulary takes minutes
-    sizes = Sizes.of(model, min(config.train.microbatch_tokens, GPU_TOKENS if on_gpu else CPU_TOKENS))
+    sizes = Sizes.of(model, min(config.train.microbatch_tokens, GPU_TOKENS if on_gpu else CPU_TOKENS), config.model.base)
     sizes = replace(sizes, experts=min(sizes.experts, FEW_EXPERTS))
     own = rates(dtype, device)
     found = [Finding("kernels", "matmul and copy", f"{own.flops / 1e12:.3g} TFLOP/s, {own.num_bytes / 1e9:.0f} GB/s, {dtype}",
@@ -100,13 +107,10 @@ def attention(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Calla
             q.nbytes * 2 + k.nbytes * 2)
 
 
-def grouped(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], float, float]:
-    each = max(8 * s.tokens // s.experts, 1)
-    stops = torch.full((s.experts,), each, device=device).cumsum(0).int()
-    group = Group(0, (each,) * s.experts, 0, stops)
-    x = random(each * s.experts, s.hidden, dtype=dtype, device=device)
-    w = random(s.experts, s.hidden, 2 * s.expert_size, dtype=dtype, device=device, seed=1)
-    return lambda: grouped_matmul(x, w, group), 2 * len(x) * s.hidden * 2 * s.expert_size, x.nbytes + w.nbytes
+def routed_experts(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], float, float]:
+    experts, x, index, weight = routed(s, dtype, device, top_k=min(s.experts - 1, 8))
+    stored = sum(buffer.nbytes for buffer in experts.buffers())
+    return lambda: experts(x, index, weight), 6 * index.numel() * s.hidden * s.expert_size, 2 * x.nbytes + stored
 
 
 def delta(s: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], float, float]:
@@ -151,8 +155,8 @@ def dequantizing(base: str, stored: float) -> Timed:
 
 
 TIMED: dict[str, Timed] = {
-    "attention": attention, "delta_rule": delta, "grouped_matmul": grouped, "int8": dequantizing("int8", 1),
-    "nf4": dequantizing("nf4", 0.516), "lora_gradients": lora_gradients,
+    "attention": attention, "delta_rule": delta, "grouped_matmul": routed_experts, "expert_kernel": routed_experts,
+    "int8": dequantizing("int8", 1), "nf4": dequantizing("nf4", 0.516), "lora_gradients": lora_gradients,
     "compiled": compiled, "adamw8bit": optimizer}
 
 

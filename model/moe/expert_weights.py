@@ -30,9 +30,14 @@ class ExpertMatrices(nn.Module):
     Subclasses differ in how they store a matrix.
     """
 
+    PARTS: tuple[str, ...]  # the buffers that hold the weights
+
     def __init__(self, shape_EOI: tuple[int, int, int], dtype: torch.dtype) -> None:
         super().__init__()
         self.shape_EOI, self.dtype = shape_EOI, dtype
+
+    def parts(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.PARTS]
 
     def put(self, e: int, matrix_OI: Tensor) -> None:
         """Stores the matrix of expert `e`, given as in the checkpoint."""
@@ -49,6 +54,7 @@ class ExpertMatrices(nn.Module):
 class PlainMatrices(ExpertMatrices):
     """Stored in the compute dtype."""
 
+    PARTS = ("weight_EOI",)
     weight_EOI: Tensor
 
     def __init__(self, shape_EOI: tuple[int, int, int], dtype: torch.dtype, device: Any) -> None:
@@ -65,6 +71,7 @@ class PlainMatrices(ExpertMatrices):
 class Int8Matrices(ExpertMatrices):
     """Each row scaled by its absmax to -127 ... 127, as in `quant.Int8Linear`."""
 
+    PARTS = ("weight_EOI", "scale_EO")
     weight_EOI: Tensor
     scale_EO: Tensor
 
@@ -88,6 +95,7 @@ class Nf4Matrices(ExpertMatrices):
     group is dequantized by as many kernels as one expert. Each expert begins at a new block.
     """
 
+    PARTS = ("packed_EB", "absmax_EA", "scale_EQ", "offset_E", "code")
     packed_EB: Tensor
     absmax_EA: Tensor
     scale_EQ: Tensor

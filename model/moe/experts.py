@@ -1,6 +1,9 @@
 """The routed experts of one layer: quantized weights, a few experts dequantized at a time, forward and backward by hand.
 Needs at most `working_bytes` above inputs and outputs, almost independent of the number of experts.
 
+On cards for which torch has no grouped matmul, `by_kernel.py` computes all experts at once, and the loop over groups is its
+reference.
+
 For the backward pass only the inputs are kept: hidden states, each token's experts, and their routing weights. The
 backward pass recomputes all intermediate results (6 matmuls an expert instead of 3), since they would take K times the
 memory of the input. Both passes sum in the same order as autograd, so on CPU the results equal those of autograd
@@ -15,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.devices import OFF, on_gpu
+from model.devices import OFF, generation, on_gpu
 from model.matmul import UNREAD, not_computed
+from model.moe import by_kernel
 from model.moe.expert_weights import MATRICES, ExpertMatrices
-from model.moe.routing import Group, route
+from model.moe.routing import Group, groups_of, sort_by_expert
 
 # E experts, G of them in a group, T tokens, K experts a token, S = T * K assignments of a token to an expert, N of them
 # in a group, D hidden size, I intermediate size, R rank of an adapter; from `Adapter` on, I inputs and O outputs
@@ -71,6 +75,11 @@ def working_bytes(experts: FrozenExperts, num_tokens: int, experts_per_token: in
 # Forward and backward
 
 
+def takes_kernel(experts: FrozenExperts, x_TD: Tensor, adapter: Tensor | None) -> bool:
+    """Whether all experts are computed at once by kernels of this project; else by groups. Adapters are computed by groups."""
+    return adapter is None and "expert_kernel" not in OFF and by_kernel.fits(x_TD, experts.hidden, experts.intermediate)
+
+
 class ExpertsFunction(torch.autograd.Function):
     """Sum over a token's experts of weight * down(silu(gate(x)) * up(x)). The adapters are peft's tensors or None."""
 
@@ -83,20 +92,22 @@ class ExpertsFunction(torch.autograd.Function):
         ctx.experts, ctx.scaling = experts, scaling
         if experts in UNREAD:
             return not_computed(x_TD, *x_TD.shape)
-        order_S, counts_E, groups = route(index_TK, experts.num_experts, experts.group_size)
+        order_S, bounds_E1 = sort_by_expert(index_TK, experts.num_experts)
         if experts.tokens_E is not None and experts.training:
-            experts.tokens_E += counts_E
+            experts.tokens_E += bounds_E1.diff()
+        if takes_kernel(experts, x_TD, gate_up_a):
+            return by_kernel.forward(x_TD, weight_TK, order_S, bounds_E1, experts.gate_up_proj, experts.down_proj)
         gate_up_lora = Adapter.of(gate_up_a, gate_up_b, scaling, experts.num_experts)
         down_lora = Adapter.of(down_a, down_b, scaling, experts.num_experts)
         out_TD = torch.zeros_like(x_TD)
-        for group in groups:
-            order_N = order_S[group.rows]
-            token_N = order_N // index_TK.shape[1]
+        token_S, weight_S1 = order_S // index_TK.shape[1], weight_TK.flatten()[order_S, None]
+        for group in groups_of(bounds_E1, index_TK, experts.group_size):
+            token_N = token_S[group.rows]
             gate_up = Projection(experts.gate_up_proj, gate_up_lora, group)
             gate_NI, up_NI = gate_up.forward(x_TD[token_N]).chunk(2, dim=-1)
             h_NI = F.silu(gate_NI).mul_(up_NI)
             down = Projection(experts.down_proj, down_lora, group)
-            y_ND = down.forward(h_NI).mul_(weight_TK.flatten()[order_N, None])
+            y_ND = down.forward(h_NI).mul_(weight_S1[group.rows])
             add_rows(out_TD, token_N, y_ND, group.counts)
             del gate_up, down  # before the next group is dequantized, so that only one exists at a time
         return out_TD
@@ -105,14 +116,18 @@ class ExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_TK, index_TK, gate_up_a, gate_up_b, down_a, down_b = ctx.saved_tensors
         experts: FrozenExperts = ctx.experts
-        order_S, _, groups = route(index_TK, experts.num_experts, experts.group_size)
+        order_S, bounds_E1 = sort_by_expert(index_TK, experts.num_experts)
+        if takes_kernel(experts, x_TD, gate_up_a):
+            grads = by_kernel.backward(x_TD, weight_TK, dout_TD, order_S, bounds_E1, experts.gate_up_proj, experts.down_proj,
+                                       ctx.needs_input_grad[0])
+            return *grads, *[None] * 7
         gate_up_lora = Adapter.of(gate_up_a, gate_up_b, ctx.scaling, experts.num_experts, with_grads=True)
         down_lora = Adapter.of(down_a, down_b, ctx.scaling, experts.num_experts, with_grads=True)
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[0] else None
         dweight_S = torch.zeros_like(weight_TK).flatten() if ctx.needs_input_grad[1] else None
-        for group in reversed(groups):
-            order_N = order_S[group.rows]
-            token_N = order_N // index_TK.shape[1]
+        token_S, weight_S1 = order_S // index_TK.shape[1], weight_TK.flatten()[order_S, None]
+        for group in reversed(groups_of(bounds_E1, index_TK, experts.group_size)):
+            token_N = token_S[group.rows]
             gate_up = Projection(experts.gate_up_proj, gate_up_lora, group)
             x_ND = x_TD[token_N]
             gate_NI, up_NI = gate_up.forward(x_ND).chunk(2, dim=-1)
@@ -121,8 +136,8 @@ class ExpertsFunction(torch.autograd.Function):
             down = Projection(experts.down_proj, down_lora, group)
             dy_ND = dout_TD[token_N]
             if dweight_S is not None:
-                dweight_S[order_N] = down.forward(h_NI).mul_(dy_ND).sum(dim=-1)
-            dy_ND.mul_(weight_TK.flatten()[order_N, None])
+                dweight_S[order_S[group.rows]] = down.forward(h_NI).mul_(dy_ND).sum(dim=-1)
+            dy_ND.mul_(weight_S1[group.rows])
             dh_NI = down.backward(dy_ND, h_NI)
             del h_NI, dy_ND, down  # makes room for the gradients below, which are as large
             dup_NI = dh_NI * act_NI
@@ -241,9 +256,7 @@ def has_grouped_kernel(x_NI: Tensor, w_GIO: Tensor) -> bool:
     (https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/GroupedBlas.cpp).
     """
     fits = x_NI.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and all(size % 8 == 0 for size in w_GIO.shape[1:])
-    if not x_NI.is_cuda:  # in a plan for a GPU both ways take the same memory, and one kernel less time
-        return fits and on_gpu(x_NI)
-    return fits and torch.cuda.get_device_capability(x_NI.device)[0] in (9, 10)
+    return fits and on_gpu(x_NI) and generation(x_NI) in (9, 10, None)  # None: in a plan for a GPU that is not named
 
 
 # Adapters

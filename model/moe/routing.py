@@ -46,22 +46,26 @@ class Group:
         return slice(self.start, self.start + sum(self.counts))
 
 
-def route(index_TK: Tensor, num_experts: int, group_size: int) -> tuple[Tensor, Tensor, list[Group]]:
-    """Sorts the assignments by expert, then by token, and forms the groups; waits for the device once.
+def sort_by_expert(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sorts the assignments by expert, then by token.
 
     Returns:
-        The sorted assignments [S] as positions in the flattened index_TK, each expert's number of tokens [E], the groups.
+        The sorted assignments [S] as positions in the flattened index_TK, and bounds: expert e has those from bounds[e] to
+        bounds[e + 1].
     """
     expert_S, order_S = index_TK.flatten().sort(stable=True)
-    bounds_E1 = torch.searchsorted(expert_S, torch.arange(num_experts + 1, device=expert_S.device))
+    return order_S, torch.searchsorted(expert_S, torch.arange(num_experts + 1, device=expert_S.device))
+
+
+def groups_of(bounds_E1: Tensor, index_TK: Tensor, group_size: int) -> list[Group]:
+    """Forms the groups; waits for the device once."""
+    num_experts = len(bounds_E1) - 1
     bounds = ASSUMED[-1](len(index_TK), index_TK.shape[1], num_experts) if ASSUMED else bounds_E1.tolist()
-    counts_E = bounds_E1.diff()
-    groups = [
+    return [
         Group(first, tuple(stop - start for start, stop in zip(bounds[first:last], bounds[first + 1 : last + 1])),
               bounds[first], (bounds_E1[first + 1 : last + 1] - bounds_E1[first]).int())
         for first, last in spans(bounds, group_size, max_rows=len(index_TK))
     ]
-    return order_S, counts_E, groups
 
 
 def spans(bounds: Sequence[int], group_size: int, max_rows: int) -> Iterator[tuple[int, int]]:

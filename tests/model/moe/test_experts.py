@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from model.moe import experts as experts_module
 from model.moe.expert_weights import MATRICES
 from model.moe.experts import FrozenExperts, LoraExperts, working_bytes
-from model.moe.routing import route, spans
+from model.moe.routing import groups_of, sort_by_expert, spans
 
 CPU = torch.device("cpu")
 BASES = ("nf4", "int8", "bf16")
@@ -112,9 +112,10 @@ def test_spans_are_runs_of_busy_experts() -> None:
 def test_routing_covers_every_assignment_once() -> None:
     torch.manual_seed(0)
     index_TK = torch.rand(50, 12).topk(3).indices
-    order_S, counts_E, groups = route(index_TK, 12, group_size=4)
+    order_S, bounds_E1 = sort_by_expert(index_TK, 12)
+    groups = groups_of(bounds_E1, index_TK, group_size=4)
     assert order_S.sort().values.tolist() == list(range(150))
-    assert counts_E.tolist() == torch.bincount(index_TK.flatten(), minlength=12).tolist()
+    assert bounds_E1.diff().tolist() == torch.bincount(index_TK.flatten(), minlength=12).tolist()
     for group in groups:
         expected = torch.arange(group.experts.start, group.experts.stop).repeat_interleave(torch.tensor(group.counts))
         assert torch.equal(index_TK.flatten()[order_S[group.rows]], expected)
