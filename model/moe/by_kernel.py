@@ -175,15 +175,20 @@ for operator, empty in ((hidden, empty_hidden), (hidden_backward, empty_hidden_b
     operator.register_fake(empty)
 
 
-def moved(results: Sequence[Tensor], num_rows: int, *read: Tensor, share: float = 1.0, stored: Sequence[Tensor]) -> float:
-    """Bytes: rows gathered from `read`, weights in their stored form, each once, and results."""
-    return (sum(num_rows * x.shape[1] * x.element_size() for x in read) + share * sum(x.nbytes for x in stored)
+def rows_of(order_S: Tensor, bounds_E1: Tensor, kernel: str) -> float:
+    """The rows that a kernel multiplies: on average half of each expert's last tile is filled up."""
+    return len(order_S) + min(len(bounds_E1) - 1, len(order_S)) * SHAPES[kernel].ROWS / 2
+
+
+def moved(results: Sequence[Tensor], *read: Tensor, share: float = 1.0, stored: Sequence[Tensor]) -> float:
+    """Bytes: a row of each of `read` for each assignment, weights in their stored form, each once, and results."""
+    return (sum(len(results[0]) * x.shape[1] * x.element_size() for x in read) + share * sum(x.nbytes for x in stored)
             + sum(x.nbytes for x in results))
 
 
 declare("trainer::experts_hidden", "experts", lambda a, r: Work(
-    4 * r[0].numel() * a[0].shape[1], moved(r, len(r[0]), a[0], stored=a[3])))
+    4 * rows_of(a[1], a[2], "hidden") * a[0].shape[1] * a[4], moved(r, a[0], stored=a[3])))
 declare("trainer::experts_hidden_backward", "experts", lambda a, r: Work(
-    3 * r[0].numel() * a[0].shape[1], moved(r, len(r[0]), a[0], a[1], stored=[*a[5], *a[6]])))
+    6 * rows_of(a[3], a[4], "hidden_backward") * a[0].shape[1] * a[7], moved(r, a[0], a[1], stored=[*a[5], *a[6]])))
 declare("trainer::experts_columns", "experts", lambda a, r: Work(
-    2 * a[0].numel() * r[0].shape[1], moved(r, len(r[0]), a[0], share=r[0].shape[1] / a[5], stored=a[4])))
+    2 * rows_of(a[2], a[3], "columns") * a[0].shape[1] * a[7], moved(r, a[0], share=a[7] / a[5], stored=a[4])))

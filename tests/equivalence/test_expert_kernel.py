@@ -175,51 +175,76 @@ def test_memory_and_launches_at_the_35bs_sizes():
 
 @compiled
 def test_work_is_declared():
-    x_TD, order_S, parts = torch.empty(30, 128, dtype=torch.bfloat16), torch.empty(60), [torch.empty(3, 10, dtype=torch.uint8)]
+    """Of 60 assignments to 3 experts, whose last tiles of 128 rows are half filled up."""
+    x_TD, order_S, bounds_E1 = torch.empty(30, 128, dtype=torch.bfloat16), torch.empty(60), torch.empty(4)
     h_SI, y_SC = torch.empty(60, 64, dtype=torch.bfloat16), torch.empty(60, 32, dtype=torch.bfloat16)
+    parts = [torch.empty(3, 10, dtype=torch.uint8)]
 
     def work(name, arguments, *results):
         category, declaration = DECLARED[name]
         assert category == "experts"
         return declaration(arguments, results)
 
-    rows = 60 * 128 * 2
-    assert work("trainer::experts_hidden", (x_TD, order_S, None, parts, 64, 2), h_SI) == (
-        2 * 60 * 128 * 2 * 64, rows + 30 + h_SI.nbytes, 1)
-    assert work("trainer::experts_hidden_backward", (x_TD, x_TD, None, order_S, None, parts, parts, 64), h_SI.repeat(1, 2)) == (
-        2 * 60 * 128 * 3 * 64, 2 * rows + 60 + 2 * h_SI.nbytes, 1)
-    assert work("trainer::experts_columns", (h_SI, None, order_S, None, parts, 128, 0, 32, False), y_SC) == (
-        2 * 60 * 64 * 32, h_SI.nbytes + 30 / 4 + y_SC.nbytes, 1)
+    multiplied, read = 60 + 3 * 64, 60 * 128 * 2
+    assert work("trainer::experts_hidden", (x_TD, order_S, bounds_E1, parts, 64, 2), h_SI) == (
+        2 * multiplied * 128 * 2 * 64, read + 30 + h_SI.nbytes, 1)
+    dgate_up_S2I = h_SI.repeat(1, 2)
+    assert work("trainer::experts_hidden_backward", (x_TD, x_TD, None, order_S, bounds_E1, parts, parts, 64), dgate_up_S2I) == (
+        2 * multiplied * 128 * 3 * 64, 2 * read + 60 + dgate_up_S2I.nbytes, 1)
+    assert work("trainer::experts_columns", (h_SI, None, order_S, bounds_E1, parts, 128, 0, 32, False), y_SC) == (
+        2 * multiplied * 64 * 32, h_SI.nbytes + 30 / 4 + y_SC.nbytes, 1)
+
+
+class Card:
+    """Stands in for the driver of a card that is not here: Triton compiles for it."""
+
+    def __init__(self, generation):
+        self.generation = generation
+
+    def get_current_device(self):
+        return self.generation  # Triton keeps what it compiled by this number
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.generation, 32)
 
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("card", [89, 120])  # RTX 4090, RTX 5090
-@pytest.mark.parametrize("base", BASES)
-def test_compiles_for_a_card_and_fits_its_shared_memory(card, base):
-    """Triton brings the assembler, so that a GPU is not needed; types that the interpreter lets pass end here."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+@pytest.mark.parametrize("card, base", [(89, "nf4"), *((120, base) for base in BASES)])  # RTX 4090, RTX 5090
+def test_compiles_for_a_card_and_fits_its_shared_memory(always, card, base, monkeypatch):
+    """All but the launch, at the 35B's sizes. Triton brings the assembler; what the interpreter lets pass may end here."""
+    from triton.runtime import driver
 
     from model.moe import expert_kernel
 
-    stored = {"nf4": ("*u8", "*u8", "*fp32", "*fp32", "*fp32"), "int8": ("*i8", "*fp32"), "bf16": ("*bf16",)}[base]
-    types = {"order_S": "*i64", "bounds_E1": "*i64", "dweight_CS": "*fp32", "gate_up": stored, "down": stored,
-             "matrices": stored, "S": "i32", "first_column": "i32", "NUM_COLUMNS": "i32"}
-    for name, sizes in (("hidden", {"INNER": 512}), ("hidden_backward", {"INNER": 512}),
-                        ("columns", {"X": 512, "BACKWARD": False}), ("columns", {"X": 1024, "BACKWARD": True})):
-        kernel, shape = getattr(expert_kernel, name), by_kernel.SHAPES[name]
-        constants = {"D": 2048, "K": 8, "E": 256, "EXPERTS": 256, "STORED": by_kernel.STORED[len(stored)],
-                     "OPERAND": triton.language.bfloat16, **shape._asdict(), **sizes}
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
-        aligned = {(i, *part): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants
-                   for part in ([(j,) for j in range(len(stored))] if isinstance(signature[name], tuple) else [()])}
-        binary = triton.compile(
-            triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-            target=GPUTarget("cuda", card, 32), options={"num_warps": shape.num_warps, "num_stages": shape.num_stages})
+    binaries = {}
+
+    class Compiled:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **named: binaries.update(
+                {(self.name, named.get("BACKWARD")): self.kernel.warmup(*args, grid=grid, **named)})
+
+    for name in by_kernel.SHAPES:
+        monkeypatch.setattr(expert_kernel, name, Compiled(name, getattr(expert_kernel, name)))
+    experts = make(base, torch.bfloat16, num_experts=3, hidden=2048, intermediate=512)
+    x_TD, index_TK, weight_TK = inputs(experts, 16, top_k=2)
+    driver.set_active(Card(card))
+    try:
+        torch.autograd.grad(experts(x_TD, index_TK, weight_TK), (x_TD, weight_TK), torch.zeros_like(x_TD))
+    finally:
+        driver.reset_active()
+    assert binaries.keys() == {("hidden", None), ("hidden_backward", None), ("columns", False), ("columns", True)}
+    for binary in binaries.values():
         assert "mma.sync" in binary.asm["ptx"] and "bf16.bf16.f32" in binary.asm["ptx"]
-        assert binary.metadata.shared <= 66 * 2**10, name  # of 99; two programs share a multiprocessor's 100 to 128
+        assert binary.metadata.shared <= 64 * 2**10  # of 99 that a program can have
 
 
 @compiled
