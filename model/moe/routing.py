@@ -59,11 +59,11 @@ def sort_by_expert(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def groups_of(bounds_E1: Tensor, index_TK: Tensor, group_size: int) -> list[Group]:
     """Forms the groups; waits for the device once."""
-    num_experts = len(bounds_E1) - 1
+    num_experts, stops_E1 = len(bounds_E1) - 1, bounds_E1.int()
     bounds = ASSUMED[-1](len(index_TK), index_TK.shape[1], num_experts) if ASSUMED else bounds_E1.tolist()
     return [
         Group(first, tuple(stop - start for start, stop in zip(bounds[first:last], bounds[first + 1 : last + 1])),
-              bounds[first], (bounds_E1[first + 1 : last + 1] - bounds_E1[first]).int())
+              bounds[first], stops_E1[first + 1 : last + 1] - stops_E1[first])
         for first, last in spans(bounds, group_size, max_rows=len(index_TK))
     ]
 
