@@ -6,6 +6,8 @@ torchrun --nproc-per-node 2 pipeline_train.py --split 40       # the same: start
 
 from __future__ import annotations
 
+import gc
+
 from loop.compiling import total_tokens
 from loop.config import parse_command_line
 from loop.distributed.launch import start_stages
@@ -14,6 +16,7 @@ from loop.errors import run_command
 
 if __name__ == "__main__":  # mistakes are answered, and the other ranks started, before everything else is imported
     run_command(lambda: start_stages(preflight(splits=True).pipeline))
+    gc.disable()  # until `start`: it would go through all that is imported, again and again, a quarter of the time
 
 from loop.fit import fit
 from loop.memory.phases import Memory

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 train.py --config configs/4b.yaml [key=value ...]
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 from loop.compiling import total_tokens
@@ -15,6 +16,7 @@ from loop.errors import run_command
 
 if __name__ == "__main__":  # mistakes in settings, rows and model are answered here, before torch is imported
     run_command(preflight)
+    gc.disable()  # until `start`: it would go through all that is imported, again and again, a quarter of the time
 
 from loop import accumulate
 from loop.fit import fit

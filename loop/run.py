@@ -5,6 +5,7 @@ Costs the model's weights, its adapters and their optimizer states, and 5 bytes 
 from __future__ import annotations
 
 import fcntl
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence, TextIO
@@ -43,6 +44,7 @@ LOCKS: dict[Path, TextIO] = {}  # by the directory that this process has locked;
 
 def start(config: Config, num_stages: int = 1) -> tuple[Ranks, Path, RunLog]:
     """Connects the ranks, finds the model's directory and opens the log, in which only rank 0 writes."""
+    gc.enable()  # off while the entry point imported; without gc.freeze(), which hides objects from memory/holders.py
     ranks = Ranks.from_launcher(deterministic=config.train.deterministic, num_stages=num_stages)
     model_dir = model_directory(config.model.path, quiet=ranks.local_rank != 0)
     ranks.connect(config.distributed.timeout_s, config)

@@ -4,12 +4,13 @@ Costs 1 byte (int8) or 0.516 bytes (nf4) a weight, and one dequantized matrix du
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Iterator
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
+from model import bnb
 from model.devices import OFF, on_gpu
 from model.matmul import Part, multiply
 
@@ -106,7 +107,7 @@ class Nf4Linear(FrozenLinear):
         # one absmax a block while loading; then `state` holds them quantized
         self.absmax = torch.empty(-(-num_weights // NF4_BLOCK), dtype=torch.float32, device=device)
         self.partial_block: Tensor | None = None  # weights of a block that the next rows complete
-        self.state: bnb.QuantState | None = None
+        self.state: Any = None  # bitsandbytes' QuantState
 
     def put(self, start: int, rows_RI: Tensor) -> None:
         weights = rows_RI.to(self.packed.device).flatten()
@@ -182,12 +183,14 @@ def quantize_nf4_piece(weights: Tensor) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks.mul(1 / absmax.clamp(min=1e-38)[:, None]).clamp_(-1, 1).flatten()
     upper = (scaled.view(torch.int32) >> 16).add_(2**15)
-    codes = LEAST_CODE.index_select(0, upper)
-    codes += (scaled > NEXT_ABOVE.index_select(0, upper)).view(torch.uint8)
+    least_code, next_above = nf4_tables()
+    codes = least_code.index_select(0, upper)
+    codes += (scaled > next_above.index_select(0, upper)).view(torch.uint8)
     pairs = codes.view(torch.int16)  # the first of two codes is the lower byte
     return (pairs << 4 | pairs >> 8).to(torch.uint8)[:, None], absmax
 
 
+@cache
 def nf4_tables() -> tuple[Tensor, Tensor]:
     """For the upper 16 bits of a float32 the least nf4 code of all such numbers, and above which of them it is one more.
 
@@ -199,9 +202,6 @@ def nf4_tables() -> tuple[Tensor, Tensor]:
     ends = torch.bucketize(torch.stack([upper, upper | 0xFFFF]).view(torch.float32), bounds)
     least = ends.amin(dim=0)
     return least.to(torch.uint8), torch.where(ends[0] == ends[1], torch.inf, bounds[least.clamp(max=14)])
-
-
-LEAST_CODE, NEXT_ABOVE = nf4_tables()
 
 
 def quantize_int8(weight_RI: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,11 @@ class Sizes:
         head_size = get("head_dim") or model.hidden_size // model.num_attention_heads
         inner = get("intermediate_size") or get("shared_expert_intermediate_size") or model.hidden_size
         has_delta = "linear_attention" in (getattr(model, "layer_types", None) or ())
+        delta: tuple[int, int, int] = (
+            get("linear_num_key_heads"), get("linear_num_value_heads"), get("linear_key_head_dim")) if has_delta else (0, 0, 0)
         rotated = int(head_size * (get("rope_parameters") or {}).get("partial_rotary_factor", 1))
         return cls(tokens, model.hidden_size, inner, model.num_attention_heads, model.num_key_value_heads, head_size,
-                   get("num_experts"), get("moe_intermediate_size"), *(
-                       (get("linear_num_key_heads"), get("linear_num_value_heads"), get("linear_key_head_dim"))
-                       if has_delta else (0, 0, 0)), rotated=rotated, kind=model.model_type, base=base)
+                   get("num_experts"), get("moe_intermediate_size"), *delta, rotated, model.model_type, base)
 
     def small(self, on_gpu: bool = False) -> Sizes:
         """A size that takes no time. On a GPU with all heads: a kernel is compiled and tuned for their number and size."""

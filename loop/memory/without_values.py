@@ -8,11 +8,10 @@ from typing import Any, Iterator
 from unittest.mock import patch
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import delta_rule
+from model import bnb, delta_rule
 from model.build import Weights
 from model.devices import planning_for
 from model.ops.gated_delta import CHUNK

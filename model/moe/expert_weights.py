@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
+from model import bnb
 from model.devices import OFF
 from model.quant import (
     ABSMAX_BLOCK,
