@@ -62,6 +62,7 @@ class RunLog:
         self.files: dict[str, LineFile] = {}  # by name; open from `start` on
         self.memory_kind = "allocated" if device.type == "cuda" else "resident"
         self.planned_gib: list[float] = []  # peak by rank; empty while it is not known
+        self.steps_s: list[float] = []  # how long each step of this process took
         self.drawn_at = time.monotonic()
         self.drawing: subprocess.Popen[str] | None = None  # draws the pictures
         self.not_drawn = ""  # what was said last of pictures that could not be drawn
@@ -123,6 +124,7 @@ class RunLog:
         peak_gib: float,
     ) -> None:
         """Records one optimizer step."""
+        self.steps_s.append(step_s)
         self.record({
             "step": batch.step, "epoch": batch.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm, "skipped": skipped,
             "rows": batch.num_rows, "tokens": batch.num_tokens, "supervised_tokens": batch.num_supervised_tokens,

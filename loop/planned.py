@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
@@ -23,6 +24,8 @@ from model.devices import OFF, ON
 NICENESS = 10
 LIMIT_S = 600
 WAIT_S = 60  # for a plan that is not there when its run has ended
+FIRST_STEPS = 2  # in which kernels are chosen and compiled
+BUSY = 1.5
 # variables that a launcher sets for its workers; without them the planning process is not taken for a worker
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -33,7 +36,8 @@ def start_process(config: Config, ranks: Ranks, *arguments: str) -> subprocess.P
     """Starts `loop.plan` for a run. The process prints to this one alone, sees no GPU, and ends when this one ends."""
     command = [sys.executable, "-m", "loop.plan", "--config", "/dev/stdin", "--json", "--device", ranks.device.type,
                "--ranks", str(ranks.world_size), "--split", ",".join(map(str, ranks.split)) or "none",
-               "--beside", str(os.getpid()), "--without", ",".join(sorted(OFF)), *arguments]
+               "--beside", str(os.getpid()), "--without", ",".join(sorted(OFF)), "--threads", str(torch.get_num_threads()),
+               *(["--card", torch.cuda.get_device_name(ranks.device)] if ranks.device.type == "cuda" else []), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
                     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
@@ -69,6 +73,7 @@ class Plan:
 
     def __init__(self, config: Config, ranks: Ranks, arrived: Callable[[str, list[float]], None]) -> None:
         self.arrived, self.records = arrived, list[Record]()  # by rank; empty while there is no plan
+        self.time: Record | None = None
         self.process: subprocess.Popen[str] | None = None
         if config.train.plan and ranks.is_main:
             try:
@@ -81,31 +86,45 @@ class Plan:
     def listen(self, process: subprocess.Popen[str]) -> None:
         """Takes the plan, if one comes: a process that fails prints none."""
         for answer in answers(process, LIMIT_S):
-            self.records = answer["ranks"]
-            self.arrived(sentence(self.records), peaks(self.records))
+            self.records, self.time = answer["ranks"], answer["time"]
+            self.arrived(sentence(self.records, self.time), peaks(self.records))
 
     def of_rank(self, rank: int) -> Record | None:
         return self.records[rank] if self.records else None
 
-    def comparison(self, measured_gib: list[float]) -> str:
-        """Planned and measured peaks in a line, for a run that has ended; waits up to WAIT_S seconds for the plan."""
+    def comparison(self, measured_gib: list[float], steps_s: Sequence[float] = ()) -> str:
+        """Planned and measured peaks and time in a line, for a run that has ended; waits up to WAIT_S seconds for the plan."""
         if self.process is not None:
             self.thread.join(WAIT_S)
             self.process.kill()
             self.thread.join()
         failed = self.process is not None and self.process.returncode > 0
         hint = "; `python -m loop.plan` with the same configuration shows why there is no plan" if failed else ""
-        return comparison(peaks(self.records), measured_gib) + hint
+        return comparison(peaks(self.records), measured_gib) + time_comparison(self.time, steps_s) + hint
 
 
 def peaks(records: list[Record]) -> list[float]:
     return [record["peak_gib"] for record in records]
 
 
-def sentence(records: list[Record]) -> str:
+def sentence(records: list[Record], time: Record | None = None) -> str:
     """The plan in a line."""
     held = ", ".join(f"{name} {gib:.2f}" for name, gib in records[0]["held_gib"].items() if gib >= 0.005)
-    return f"planned peak of tensors: {per_rank(peaks(records))} GiB; on rank 0 in the {records[0]['moment']}: {held}"
+    took = f"; {time['step_s']:.3g} s a step, {time['tokens_per_s']:,.0f} tokens/s" if time else ""
+    return f"planned peak of tensors: {per_rank(peaks(records))} GiB; on rank 0 in the {records[0]['moment']}: {held}{took}"
+
+
+def time_comparison(time: Record | None, steps_s: Sequence[float]) -> str:
+    """Planned and median measured seconds of a step, without the first steps; on a CPU not while others keep it busy: if
+    the last minute's load is above BUSY times the cores, of which a run takes all."""
+    if time is None or len(steps_s) <= FIRST_STEPS:
+        return ""
+    measured = statistics.median(steps_s[FIRST_STEPS:])
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    off = f"{100 * (measured / time['step_s'] - 1):+.0f} %"
+    if load > BUSY and time["on_cpu"]:
+        off = f"not compared: the machine's load is {load:.1f} times its cores"
+    return f"; a step: planned {time['step_s']:.3g} s, took {measured:.3g} s ({off})"
 
 
 def comparison(planned_gib: list[float], measured_gib: list[float]) -> str:

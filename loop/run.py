@@ -275,9 +275,9 @@ def headline(batches: Batches, state: State, ranks: Ranks) -> str:
 
 
 def finish(config: Config, plan: Plan, memory: Memory, log: RunLog, ranks: Ranks) -> None:
-    """Prints the planned and the measured peak of memory and the run's directory, then disconnects the ranks."""
+    """Prints planned and measured memory and time and the run's directory, then disconnects the ranks."""
     measured = measured_gib(memory.most_bytes, ranks)  # waits for all ranks, so that the last checkpoint is written
-    log.say(plan.comparison(measured))
+    log.say(plan.comparison(measured, log.steps_s))
     leave(config, log, ranks)
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "config", "checkpoint", "line_file", "tensorboard"},
     {"distributed"},
     {"memory", "optim", "identity", "curves", "compiling"},
-    {"accumulate", "evaluate", "metrics", "state", "planned", "paths", "samples"},
+    {"accumulate", "evaluate", "metrics", "state", "planned", "paths", "rates", "samples"},
     {"fit", "pipeline", "run"},
     {"plan", "review", "export", "check", "inspect", "out_of_memory"},
 ]

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Callable, Iterable
 
 import torch
@@ -21,9 +22,10 @@ from loop.check.layers import layers
 from loop.check.links import links
 from loop.check.machine import machine
 from loop.check.saving import saving
-from loop.config import add_config_arguments, load_config
+from loop.config import Config, add_config_arguments, load_config
 from loop.errors import run_command
 from loop.paths import Sizes, device_name, switch_off_unfit, versions
+from loop.rates import measure
 from loop.run import find_model
 from model.build import text_config
 
@@ -45,6 +47,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Iterable[Finding]]] = {
         "the machine": lambda: machine(config, has_delta_rule),
         "kernels": lambda: kernels(config, model, device),
+        "operations": lambda: [operations(config, model_dir, device)],
         "links": lambda: links(torch.cuda.device_count() or 2, tokens, model.hidden_size),
         "the memory of a layer of each kind": lambda: layers(config, model_dir, device),
         "saving": lambda: [saving(config, model_dir)],
@@ -62,12 +65,22 @@ def main() -> None:
         print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     said = verdict(findings, args.config, device.type == "cuda")
     report = {"config": args.config, "device": device_name(device), "versions": versions(), "verdict": said,
+              "rates": next((finding.numbers for finding in findings if finding.part == "operations"), None),
               "findings": [asdict(finding) for finding in findings]}
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "check.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report) if args.json else f"{table(findings)}\n\n{said} The numbers are in {path}.")
     sys.exit(any(finding.problem for finding in findings))
+
+
+def operations(config: Config, model_dir: Path, device: torch.device) -> Finding:
+    """How fast the operations of a step run here, from which `loop.plan` and the run's own plan predict its time."""
+    rates = measure(config, model_dir, device, [config.train.microbatch_tokens], torch.get_num_threads())
+    tflops = ", ".join(f"{kind} {flops / 1e12:.3g}" for kind, (flops, _) in rates.by_kind.items()
+                       if kind in ("base matmul", "attention forward", "attention backward"))
+    words = f"TFLOP/s: {tflops}; {1e6 * rates.call_s:.1f} microseconds a call"
+    return Finding("operations", "of a step", words, numbers=asdict(rates))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ REPEATS, CPU_REPEATS = 5, 1
 class Finding:
     """One line of the table. `problem` is "" where nothing is wrong; `numbers` are what check.json holds beside the words."""
 
-    part: str  # machine | kernels | links | memory | saving
+    part: str  # machine | kernels | operations | links | memory | saving
     name: str
     found: str
     problem: str = ""

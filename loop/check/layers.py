@@ -14,10 +14,10 @@ from loop.config import Config
 from loop.memory.ledger import Ledger
 from loop.memory.phases import CUDA_BLOCK
 from loop.memory.without_values import put_nothing, without_values
-from model.build import Weights, build_empty, text_config
+from loop.rates import put_some
+from model.build import build_empty, text_config
 from model.mixers import Segments
 from model.moe import routing
-from model.weights.shards import Weight
 
 LIMIT = 0.05  # of the planned bytes
 CPU_TOKENS = 16
@@ -56,16 +56,6 @@ def step(config: Config, model_dir: Path, number: int, tokens: int, device: torc
     else:
         x = torch.randn(1, tokens, stage.model.config.hidden_size, device=device).to(stage.model.config.dtype).requires_grad_()
     stage(x, positions_T, segments).sum().backward()
-
-
-def put_some(weights: Weights) -> None:
-    """Random numbers for every weight but those of experts, of which the first shows what all take."""
-    for item in weights.wanted:
-        if isinstance(item, Weight):
-            item.put(0, torch.randn(item.shape, dtype=torch.bfloat16) * 0.02)
-        else:
-            item.put(0, torch.randn(2 * item.intermediate, item.hidden).bfloat16() * 0.02,
-                     torch.randn(item.hidden, item.intermediate).bfloat16() * 0.02)
 
 
 def planned_bytes(config: Config, model_dir: Path, number: int, tokens: int, device: str) -> int:

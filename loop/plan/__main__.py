@@ -1,10 +1,10 @@
-"""How much memory a run will take, before it takes it: on each rank, for what, at which moment and on which line.
+"""How much memory and time a run will take, before it takes them: on each rank, for what, at which moment and on which line.
 Needs neither the weights nor a GPU; takes seconds a rank.
 
 python -m loop.plan --config configs/4b.yaml [key=value ...]
-python -m loop.plan --config configs/35b.yaml --split 40 pipeline.schedule=1f1b --card 32
-python -m loop.plan --config configs/35b.yaml --split none --card 24       # one device
-python -m loop.plan --config configs/35b.yaml --fit --card 32              # what fits best
+python -m loop.plan --config configs/35b.yaml --split 40 pipeline.schedule=1f1b --card rtx5090
+python -m loop.plan --config configs/35b.yaml --split none --card 24       # one device, by its memory in GiB
+python -m loop.plan --config configs/35b.yaml --fit --card rtx5090         # what fits and takes the least time
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import redirect_stdout
@@ -29,12 +30,14 @@ from loop.errors import run_command
 from loop.memory.ledger import CATEGORIES
 from loop.memory.phases import GIB
 from loop.pipeline.split import RowLengths, balance, sublayer_costs
-from loop.plan.search import search
+from loop.plan.search import search, table
+from loop.plan.seconds import Forecast, Shape
 from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, read_rows
+from loop.rates import CARDS, Rates, measure
 from loop.run import find_model
 from model.devices import OFF, ON
 
-CARD_GIB = 32.0
+CARD_GIB, DEFAULT = 32.0, "rtx5090"
 NUM_LINES = 8
 
 
@@ -50,22 +53,63 @@ def main() -> None:
         config = load_config(args.config, args.overrides)
         if config.train.compile != "auto":
             (ON if config.train.compile else OFF).add("compiled")
-        workload, card_gib = read_workload(args, config), args.card or CARD_GIB
-        print(search(workload, card_gib) if args.fit else planned(workload, args, card_gib), file=out, flush=True)
+        workload = read_workload(args, config)
+        rates = rates_for(args, workload)
+        workload = replace(workload, generation=rates.generation if rates else None)
+        card_gib = float(args.card) if is_number(args.card) else rates and rates.memory_gib or CARD_GIB
+        if args.fit:
+            print(fitted(workload, args, card_gib, rates or CARDS[DEFAULT]), file=out, flush=True)
+        else:
+            print(planned(workload, args, card_gib, rates), file=out, flush=True)
         for setting in args.tries:
             print(tried(args, config, setting), file=out, flush=True)
 
 
-def planned(workload: Workload, args: argparse.Namespace, card_gib: float) -> str:
+def rates_for(args: argparse.Namespace, workload: Workload) -> Rates | None:
+    """Of the card that is named; else as `loop.check` measured them; of this CPU, measured now; None of an unknown card."""
+    path, on_cpu = workload.config.run_dir / "check.json", workload.device == "cpu"
+    measured = json.loads(path.read_text(encoding="utf-8")).get("rates") if path.is_file() else None
+    checked = Rates(**measured) if measured and measured["waits"] == on_cpu else None
+    if found := checked if args.beside and checked else named(args.card) or checked:
+        return found
+    if args.rank is not None or not on_cpu:
+        return None
+    threads = args.threads or max(torch.get_num_threads() // workload.num_ranks, 1)
+    return measure(workload.config, workload.model, torch.device("cpu"), Shape.of(workload).lengths, threads)
+
+
+def named(card: str | None) -> Rates | None:
+    """The card of this name, such as "rtx5090" or "NVIDIA GeForce RTX 5090"."""
+    letters = "".join(filter(str.isalnum, (card or "").lower()))
+    return next((rates for name, rates in CARDS.items() if name in letters), None)
+
+
+def is_number(text: str | None) -> bool:
+    return bool(re.fullmatch(r"[\d.]+(e\d+)?|inf|nan|-.*", text or ""))
+
+
+def fitted(workload: Workload, args: argparse.Namespace, card_gib: float, rates: Rates) -> str:
+    """The settings that fit a card and take the least time."""
+    found = search(workload, card_gib, rates)
+    records = [{"settings": fit.settings, "peak_gib": fit.peak_gib, **fit.time.record()} for fit in found]
+    return json.dumps({"fit": records}) if args.json else table(found, card_gib, rates)
+
+
+def planned(workload: Workload, args: argparse.Namespace, card_gib: float, rates: Rates | None) -> str:
     """The plan of all ranks, or of the one that is asked for."""
     wanted = range(workload.num_ranks) if args.rank is None else [args.rank]
     if wanted[0] not in range(workload.num_ranks):
         raise ValueError(f"--rank {args.rank}: expected one of {workload.num_ranks} ranks, counted from 0")
     by_stage = {rank % workload.num_stages: rank for rank in reversed(wanted)}  # replicas are alike
     plans = {stage: workload.rank_plan(rank, args.beside is None) for stage, rank in sorted(by_stage.items())}
+    time = None
+    if args.rank is None and (rates or not args.beside):
+        keep = workload.config.train.keep_layers
+        time = Forecast(workload, rates or replace(CARDS[DEFAULT], generation=None)).step(workload.split, keep)
     if args.json:
-        return json.dumps({"ranks": [record(rank, rank % workload.num_stages, plans, card_gib) for rank in wanted]})
-    return report(workload, plans, card_gib)
+        return json.dumps({"ranks": [record(rank, rank % workload.num_stages, plans, card_gib) for rank in wanted],
+                           "time": time and time.record()})
+    return report(workload, plans, card_gib, f"{time}\n(by the rates of {rates.name if rates else DEFAULT})" if time else "")
 
 
 def tried(args: argparse.Namespace, config: Config, setting: str) -> str:
@@ -84,7 +128,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loop.plan", description="How much memory each rank of a run will take.")
     parser.add_argument("--split", metavar="CUTS", help="as for pipeline_train.py: 40 | 30,60 | auto; none: not split")
     parser.add_argument("--ranks", type=int, help="processes; by default one a stage, else one a visible GPU, or 2 without any")
-    parser.add_argument("--card", type=float, metavar="GIB", help=f"memory of a GPU, by default {CARD_GIB:g}")
+    parser.add_argument("--card", metavar="NAME|GIB", help=f"{' | '.join(CARDS)}, or the memory of a GPU, by default "
+                        f"{CARD_GIB:g}; a card of which the memory alone is given is as fast as an {DEFAULT}")
+    parser.add_argument("--threads", type=int, help="of each rank on a CPU, by default all shared evenly")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda, but cpu where the weights are and no GPU is")
     parser.add_argument("--row-tokens", type=int, default=1730, help="length of a row where the data are not at hand")
     parser.add_argument("--supervised", type=float, default=0.35, help="share of its tokens that is supervised, likewise")
@@ -98,9 +144,11 @@ def parse() -> argparse.Namespace:
                         help="take one thread, leave out the worst case of routing, and end with this process")
     add_config_arguments(parser)
     args = parser.parse_intermixed_args()
-    for name in ("row_tokens", "ranks", "card", "supervised"):
+    if args.card and not (args.beside or named(args.card) or is_number(args.card)):
+        parser.error(f"--card {args.card}: expected {', '.join(CARDS)}, or a number of GiB")
+    for name in ("row_tokens", "ranks", "card", "supervised", "threads"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not (name == "card" and not is_number(value)) and not 0 < float(value) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     if args.supervised > 1:
         parser.error(f"--supervised {args.supervised}: expected a share, at most 1")
@@ -139,8 +187,8 @@ def record(rank: int, stage: int, plans: dict[int, RankPlan], card_gib: float) -
     }
 
 
-def report(workload: Workload, by_stage: dict[int, RankPlan], card_gib: float) -> str:
-    """What is planned; a table with a column for each rank; then where each rank is fullest, and whether it fits."""
+def report(workload: Workload, by_stage: dict[int, RankPlan], card_gib: float, time: str) -> str:
+    """What is planned; a table with a column for each rank; where each rank is fullest, and whether it fits; the time."""
     config, lengths = workload.config, workload.lengths
     names = ("model.path", "model.base", "lora.rank", "train.recompute", "train.keep_layers", "train.optimizer",
              "train.rows_per_step", "train.microbatch_tokens", *(["pipeline.schedule"] if workload.split else []))
@@ -161,7 +209,7 @@ def report(workload: Workload, by_stage: dict[int, RankPlan], card_gib: float) -
     lines += [f"{name:<14}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in cells.items()]
     for title, plan in zip(titles, plans):
         lines += ["", f"{title}: {details(plan, workload.device, card_gib)}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *["", time] * bool(time)])
 
 
 def details(plan: RankPlan, device: str, card_gib: float) -> str:

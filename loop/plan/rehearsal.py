@@ -41,7 +41,7 @@ class RankPlan(NamedTuple):
 
 def rehearse(
     config: Config, model: Path, place: Place, device: str, batches: list[StepBatch], worst_routing: bool = False,
-    all_layers: bool = False,
+    all_layers: bool = False, card: int | None = None,
 ) -> RankPlan:
     """The highest peak of some steps of one rank.
 
@@ -50,6 +50,7 @@ def rehearse(
         device: whose code path is taken: cuda | cpu.
         batches: the steps. Optimizer states are there from the start, unless the first of these steps is the run's first.
         worst_routing: whether to rehearse the worst routing too; else `worst` is `peak`.
+        card: its generation, see `without_values`.
         all_layers: compute every layer of every microbatch, for tests; else of layers that are alike only one.
     """
     ledger = Ledger(round_to=CUDA_BLOCK if device == "cuda" else 1)
@@ -57,7 +58,7 @@ def rehearse(
     ranks = RehearsedRanks(place.rank, place.world_size, place.num_stages, place.split)
     spans: dict[bool, list[tuple[int, int]]] = {False: [], True: []}  # first and last event of each step, by `is_worst`
     with ExitStack() as stack:
-        for context in (pretended_group(ranks), nothing_sent(), without_values(device), ledger):
+        for context in (pretended_group(ranks), nothing_sent(), without_values(device, card), ledger):
             stack.enter_context(context)
         state = build_fake(config, model, ranks, memory, ledger)
         representatives = Representatives(state.stage, memory, ledger)

@@ -3,21 +3,30 @@ Rehearses about a dozen steps, which takes a minute for the 4B and a few minutes
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 from data.packing import rounded_up
 from loop.memory.phases import GIB
-from loop.pipeline.split import Cost, balance, sublayer_costs
+from loop.pipeline.split import balance, sublayer_costs
+from loop.plan.seconds import Forecast, StepTime
 from loop.plan.workload import RESERVE_GIB, Workload
+from loop.rates import Rates
 
 NUM_SHOWN = 3
 LENGTHS = (0.5, 1, 2)  # tried lengths of a microbatch, relative to the configured microbatch_tokens
 
 
-def search(workload: Workload, card_gib: float) -> str:
-    """The best settings as a table, the fastest first; among equally fast ones those with the longest microbatches.
+class Fit(NamedTuple):
+    """Settings that fit a card."""
+
+    settings: str  # as for the command line
+    peak_gib: float  # of the fullest rank
+    time: StepTime
+
+
+def search(workload: Workload, card_gib: float, rates: Rates) -> list[Fit]:
+    """The settings that take the least time, the fastest first.
 
     Raises:
         ValueError: nothing fits.
@@ -29,23 +38,30 @@ def search(workload: Workload, card_gib: float) -> str:
     tokens, longest = workload.config.train.microbatch_tokens, workload.lengths.longest
     lengths = {rounded_up(max(int(tokens * share), longest)) for share in LENGTHS}
     splits = {workload.split, tuple(balance(costs, workload.num_stages))}
-    found: list[tuple[float, int, str]] = []
-    for length, split in itertools.product(sorted(lengths, reverse=True), sorted(splits)):
-        candidate = replace(workload.with_train(microbatch_tokens=length), split=split)
-        stages = list(zip((0, *split), (*split, len(costs))))
-        keep, num_bytes = most_kept(candidate, stages, (card_gib - RESERVE_GIB) * GIB)
-        if keep is not None:
-            compute = relative_compute(candidate, keep, costs, stages)
-            kept = "train.recompute=false" if 2 * keep == len(costs) else f"train.keep_layers={keep}"
-            cuts = f" pipeline.split={','.join(map(str, split))} pipeline.schedule=1f1b" if split else ""
-            line = f"{num_bytes / GIB:>7.2f}  {compute:>8.3f}   train.microbatch_tokens={length} {kept}{cuts}"
-            found.append((round(compute, 3), -length, line))
+    found: list[Fit] = []
+    for length in sorted(lengths, reverse=True):
+        forecast = Forecast(workload.with_train(microbatch_tokens=length), rates)
+        for split in sorted(splits):
+            candidate = replace(forecast.workload, split=split)
+            keep, num_bytes = most_kept(candidate, list(zip((0, *split), (*split, len(costs)))), (card_gib - RESERVE_GIB) * GIB)
+            if keep is not None:
+                kept = "train.recompute=false" if 2 * keep == len(costs) else f"train.keep_layers={keep}"
+                cuts = f" pipeline.split={','.join(map(str, split))} pipeline.schedule=1f1b" if split else ""
+                settings = f"train.microbatch_tokens={length} {kept}{cuts}"
+                found.append(Fit(settings, num_bytes / GIB, forecast.step(split, keep)))
     if not found:
         raise ValueError(
             f"nothing fits a card of {card_gib:g} GiB. Try model.base=nf4, a smaller lora.rank, more stages (--split), or "
             "shorter rows (data.max_tokens with data.overlong=drop)")
-    head = f"{'GiB':>7}  {'compute':>8}   the fullest rank of {card_gib:g} GiB, compute relative to nothing done twice"
-    return "\n".join([head, *(line for _, _, line in sorted(found)[:NUM_SHOWN])])
+    return sorted(found, key=lambda fit: fit.time.seconds)[:NUM_SHOWN]
+
+
+def table(found: list[Fit], card_gib: float, rates: Rates) -> str:
+    """A line for each; then what the fastest spends its time on."""
+    lines = [f"{'GiB':>7}  {'s a step':>8}  {'tokens/s':>9}   the fullest rank of {card_gib:g} GiB; rates of {rates.name}"]
+    lines += [f"{peak_gib:>7.2f}  {time.seconds:>8.3g}  {time.tokens_per_s:>9,.0f}   {settings}"
+              for settings, peak_gib, time in found]
+    return "\n".join([*lines, f"the first: {found[0].time}"])
 
 
 def most_kept(workload: Workload, stages: Sequence[tuple[int, int]], limit: float) -> tuple[int | None, float]:
@@ -69,14 +85,3 @@ def fullest(workload: Workload, keep: int) -> float:
     print(f"rehearsing microbatches of {workload.config.train.microbatch_tokens:,} tokens, {keep} layers kept{cut}")
     kept = workload.with_train(keep_layers=keep)
     return max(kept.rank_plan(rank, worst_routing=False).peak.num_bytes for rank in range(workload.num_stages))
-
-
-def relative_compute(workload: Workload, keep: int, costs: Sequence[Cost], stages: Sequence[tuple[int, int]]) -> float:
-    """Time of a step over that of a step which recomputes nothing and in which no stage is idle, by counting flops."""
-    slowest = max(sum(costs[s].flops - costs[s].recomputed * (s >= 2 * ((stop + 1) // 2 - keep)) for s in range(first, stop))
-                  for first, stop in stages)
-    ideal = sum(cost.flops - cost.recomputed for cost in costs) / workload.num_stages
-    train = workload.config.train
-    tokens = workload.lengths.mean * train.rows_per_step / workload.num_replicas
-    microbatches = max(-(-int(tokens) // train.microbatch_tokens), 1)
-    return slowest / ideal * (microbatches + workload.num_stages - 1) / microbatches

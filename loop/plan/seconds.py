@@ -62,6 +62,7 @@ class StepTime:
     seconds: float
     by_purpose: dict[str, float]
     shape: Shape
+    on_cpu: bool
 
     @property
     def tokens_per_s(self) -> float:
@@ -74,7 +75,7 @@ class StepTime:
     def record(self) -> dict[str, Any]:
         """For --json."""
         return {"step_s": self.seconds, "tokens_per_s": self.tokens_per_s, "epoch_hours": self.epoch_hours,
-                "share": {name: took / self.seconds for name, took in self.by_purpose.items()}}
+                "on_cpu": self.on_cpu, "share": {name: took / self.seconds for name, took in self.by_purpose.items()}}
 
     def __str__(self) -> str:
         epoch = f", an epoch of {self.shape.steps_per_epoch} in {self.epoch_hours:.2f} h" if self.epoch_hours else ""
@@ -125,7 +126,7 @@ class Forecast:
         seconds = times(microbatch, num) + update
         seconds.update({"communication": sent / self.rates.link, "pipeline idle time": idle})
         by_purpose = {name: seconds[name] for name in (*PURPOSES, *COMPUTED) if seconds[name]}
-        return StepTime(sum(by_purpose.values()), by_purpose, self.shape)
+        return StepTime(sum(by_purpose.values()), by_purpose, self.shape, self.rates.waits)
 
 
 def times(seconds: Tally[str], number: float) -> Any:

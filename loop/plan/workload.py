@@ -35,6 +35,7 @@ class Workload:
     rows: TokenizedRows | None  # None where they are not at hand
     lengths: RowLengths  # of these rows, or assumed
     split: tuple[int, ...] = ()  # as many cuts as make the stages, once they are chosen
+    generation: int | None = None  # of the card, as in model/devices.py
 
     def __post_init__(self) -> None:
         rows = self.config.train.rows_per_step
@@ -59,7 +60,8 @@ class Workload:
             steps = [full_step(self.config, self.num_replicas, self.lengths)]
         else:
             steps = largest_steps(self.config, self.model, place, self.rows)
-        return rehearse(self.config, self.model, place, self.device, [trimmed(step, place) for step in steps], worst_routing)
+        steps = [trimmed(step, place) for step in steps]
+        return rehearse(self.config, self.model, place, self.device, steps, worst_routing, card=self.generation)
 
 
 def read_rows(config: Config, model: Path) -> TokenizedRows | None:

@@ -1,0 +1,101 @@
+"""What steps of the true models ask of a card: launches and bytes, counted, and the time that they are predicted to take.
+Both with the fast paths that an RTX 5090 takes now and with those of before, without weights and without a GPU.
+
+python bench/work.py            # prints the table; takes some minutes
+python bench/work.py --write    # and puts it into bench/README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Callable
+
+from loop.config import load_config
+from loop.paths import PATHS
+from loop.plan.pieces import Pieces
+from loop.run import find_model
+from model.build import text_config
+from model.devices import OFF
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- work -->", "<!-- /work -->"
+B4, B35 = "configs/4b.yaml", "configs/35b.yaml"
+TOKENS, ROW, SUPERVISED, EPOCH_TOKENS = 8192, 1730, 0.35, 40.5e6
+BEFORE = {"attention", "delta_rule", "int8", "nf4", "lora_gradients", "adamw8bit"}  # paths that an RTX 5090 took before
+PLAIN = set(PATHS) - BEFORE
+
+
+def counted(config_file: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Launches and bytes of a microbatch of the whole model on sm_120, by purpose; bytes by token and layer."""
+    config = load_config(ROOT / config_file, [])
+    model, _ = find_model(config.model.path)
+    num_layers = text_config(model).num_hidden_layers
+    rows = (ROW,) * (TOKENS // ROW)
+    pieces = Pieces(config, model, "cuda", 12, (*rows, TOKENS - sum(rows)), int(SUPERVISED * TOKENS))
+    launches, num_bytes = Counter[str](), Counter[str]()
+    layers = Counter(pieces.layers(0, 2 * num_layers, 0))
+    counts = [*((pieces.layer(layer), number) for layer, number in layers.items()), (pieces.embedding(), 1), (pieces.loss(), 1)]
+    for operations, times in counts:
+        for operation in operations:
+            launches[operation.purpose] += times * operation.work.launches
+            num_bytes[operation.purpose] += times * operation.work.num_bytes
+    return launches, {purpose: number / TOKENS / num_layers for purpose, number in num_bytes.items()}
+
+
+def planned(*arguments: str) -> dict[str, float]:
+    """What the planner says of two RTX 5090."""
+    command = [sys.executable, "-m", "loop.plan", *arguments, "--card", "rtx5090", "--row-tokens", str(ROW), "--json"]
+    done = subprocess.run([*command, "--without", ",".join(OFF)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    answer = json.loads(done.stdout)
+    return answer["fit"][0] if "fit" in answer else answer["time"]
+
+
+def fla_off(config: str) -> float:
+    OFF.add("delta_rule")
+    try:
+        return sum(counted(config)[0].values())
+    finally:
+        OFF.discard("delta_rule")
+
+
+ROWS: list[tuple[str, Callable[[], float], str]] = [
+    ("launches of a 35B microbatch of 8,192 tokens", lambda: sum(counted(B35)[0].values()), ",.0f"),
+    ("the same without flash-linear-attention", lambda: fla_off(B35), ",.0f"),
+    ("MB moved by elementwise work, a token and layer of the 4B", lambda: counted(B4)[1]["elementwise"] / 1e6, ".2f"),
+    ("4B, 80 rows of 1,730 tokens, two cards: s a step as configured", lambda: planned("--config", B4)["step_s"], ".1f"),
+    ("the same with the settings that --fit finds", lambda: planned("--config", B4, "--fit")["step_s"], ".1f"),
+    ("35B on two cards: hours for 40.5 M tokens as configured, with 1f1b", lambda: EPOCH_TOKENS / 3600 / planned(
+        "--config", B35, "pipeline.schedule=1f1b")["tokens_per_s"], ".2f"),
+    ("the same with the settings that --fit finds", lambda: EPOCH_TOKENS / 3600 / planned(
+        "--config", B35, "--fit")["tokens_per_s"], ".2f"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
+    args = parser.parse_args()
+    lines = [f"| RTX 5090 | without {', '.join(sorted(PLAIN))} | now | ratio |", "|---|---|---|---|"]
+    print("\n".join(lines))
+    for what, function, form in ROWS:
+        OFF.update(PLAIN)
+        before = function()
+        OFF.clear()
+        now = function()
+        lines.append(f"| {what} | {before:{form}} | {now:{form}} | {now / before:.2f} |")
+        print(lines[-1], flush=True)
+    if args.write:
+        path = ROOT / "bench/README.md"
+        head, _, rest = path.read_text().partition(BEGIN)
+        path.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
