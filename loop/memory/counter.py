@@ -24,7 +24,7 @@ PLACES = {"model/ops/loss": "loss", "delta": "delta rule", "model/moe/": "expert
           "model/mixers": "attention"}
 DEQUANTIZE = ("dequantize", "plain_nf4", "plain_blockwise")  # what functions that do so begin with
 
-NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "_local_scalar_dense")  # neither reads nor writes
+NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "_local_scalar_dense")  # neither reads nor writes
 OVERWRITES = ("copy_", "fill_", "zero_", "uniform_", "normal_")  # write their first argument without reading it
 GATHERS = ("index", "index_select", "gather", "embedding")  # read as much of their first argument as they return
 SCATTERS = ("index_add_", "index_put_", "index_copy_", "scatter_add_", "scatter_")  # change as much of it as they are given
