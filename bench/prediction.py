@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- prediction -->", "<!-- /prediction -->"
 CPU, BUSY = torch.device("cpu"), 1.25
 TINY = {"llama": {}, "qwen3_5_moe": {"hidden_size": 128, "num_experts": 8, "num_experts_per_tok": 2}}
+TARGETS = {"llama": "[q_proj,v_proj,down_proj]", "qwen3_5_moe": "[q_proj,v_proj,out_proj]"}
 CASES = [  # a model and settings
     ("SmolLM2-135M", ["model.base=bf16"]), ("SmolLM2-135M", ["model.base=bf16", "train.recompute=true"]),
     ("SmolLM2-135M", ["model.base=int8"]), ("SmolLM2-135M", ["model.base=nf4", "train.recompute=true"]),
@@ -81,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, settings in CASES:
             path = [] if name not in TINY else [
-                f"model.path={write_tiny(Path(scratch) / name, kind=name, **TINY[name])}", "lora.target=[q_proj,v_proj]"]
+                f"model.path={write_tiny(Path(scratch) / name, kind=name, **TINY[name])}", f"lora.target={TARGETS[name]}"]
             config = load_config(ROOT / "configs/demo.yaml", [*settings, *path, "train.rows_per_step=8",
                                                               "train.microbatch_tokens=1024"])
             model, _ = find_model(config.model.path)

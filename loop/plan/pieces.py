@@ -77,7 +77,9 @@ class Pieces:
                 parameter.grad = torch.zeros_like(parameter)
             dy_1TD = torch.empty_like(x_1TD)
             counter.operations.clear()
-            stage.run_layer(layer.number, x_1TD, rotary, self.segments()).backward(dy_1TD)
+            y_1TD = stage.run_layer(layer.number, x_1TD, rotary, self.segments())
+            if y_1TD.requires_grad:  # the first layer may have no adapters
+                y_1TD.backward(dy_1TD)
             return tuple(counter.operations)
 
     @cache
@@ -105,6 +107,8 @@ class Pieces:
         """Clipping and the optimizer's step for the adapters of one layer, and the number of their parameters."""
         with self.built(2 * layer.number + (not layer.mixer), 2 * layer.number + 1 + layer.feed_forward) as (stage, counter):
             parameters = list(stage.adapters().values())
+            if not parameters:
+                return (), 0
             optimizer = make_optimizer(self.config.train.optimizer, parameters, self.config.train.weight_decay)
             for _ in range(2):  # the first step makes the states
                 counter.operations.clear()
