@@ -32,6 +32,7 @@ GENERAL = ("matmul", "float32 matmul", "attention forward", "attention backward"
 COMPUTES = ("matmul", "ward")  # how kinds of operations end that are limited by floating-point operations
 CPU_LINK, PCIE_LINK = 1e9, 1e10  # gloo between two processes of a host; NCCL by way of the host
 KERNEL_S = 2e-6
+MATMULS, TILE_FLOPS = ("aten::mm", "aten::addmm", "aten::addmm_"), 2.0 * 128 * 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,23 @@ class Rates:
     memory_gib: float | None = None
     generation: int | None = None  # of the card, as in model/devices.py
     kernel_s: float = 0.0  # the shortest kernel, with the pause behind it
+    wave: float = 0.0  # floating-point operations of a matmul that is just large enough for all processors of a card
     waits: bool = True  # whether a call ends when its work is done, as on a CPU; else the device works through a queue
 
     @classmethod
     def of_card(cls, name: str, tflops: float, float32: float, forward: float, backward: float, tb_s: float, gb_s: float,
-                memory_gib: float, generation: int) -> Rates:
+                memory_gib: float, generation: int, processors: int) -> Rates:
         speeds = {"matmul": tflops, "float32 matmul": float32, "attention forward": forward, "attention backward": backward,
                   "other": float32}
         return cls(name, {kind: (1e12 * speed, 1e12 * tb_s) for kind, speed in speeds.items()}, 7e-6, 1e9 * gb_s, memory_gib,
-                   generation, KERNEL_S, waits=False)
+                   generation, KERNEL_S, processors * TILE_FLOPS, waits=False)
 
     def seconds(self, operation: Operation) -> float:
         """How long the device takes for one operation."""
         kind, work = kind_of(operation), operation.work
         flops, num_bytes = self.by_kind.get(kind) or self.by_kind[general(kind, operation)]
+        if operation.name in MATMULS and work.flops < self.wave:  # between one tile a processor and splitting sums evenly
+            flops *= math.sqrt(work.flops / self.wave)
         return max(work.flops / flops, work.num_bytes / num_bytes, self.kernel_s * work.launches)
 
     def total(self, operations: Iterable[Operation]) -> dict[str, float]:
@@ -85,9 +89,9 @@ class Rates:
 # backward. A call of PyTorch takes 5 to 10 microseconds of a CPU. Links: PCIe 5 and 4 by way of the host, NVLink. Not
 # measured here.
 CARDS = {
-    "rtx5090": Rates.of_card("rtx5090", 175, 70, 125, 105, 1.45, 20, 32, 12),
-    "rtx4090": Rates.of_card("rtx4090", 145, 55, 105, 85, 0.88, 10, 24, 8),
-    "h100": Rates.of_card("h100", 640, 45, 370, 300, 2.8, 300, 80, 9),
+    "rtx5090": Rates.of_card("rtx5090", 175, 70, 125, 105, 1.45, 20, 32, 12, 170),
+    "rtx4090": Rates.of_card("rtx4090", 145, 55, 105, 85, 0.88, 10, 24, 8, 128),
+    "h100": Rates.of_card("h100", 640, 45, 370, 300, 2.8, 300, 80, 9, 132),
 }
 
 

@@ -92,6 +92,7 @@ class Counter(TorchDispatchMode):
         inputs = [*flat(args), *flat(tuple(kwargs.values()))]
         if full_name in DECLARED:
             purpose, declaration = DECLARED[full_name]
+            assert purpose in PURPOSES, f"{full_name} declares {purpose}"
             return self.only or purpose, declaration(args, results)
         if name in NOTHING or not (inputs or results) or any(x.is_meta for x in results):
             return None
