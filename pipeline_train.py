@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 
-from loop.compiling import total_tokens
 from loop.config import parse_command_line
 from loop.distributed.launch import start_stages
 from loop.distributed.preflight import check_split, preflight
@@ -18,6 +17,7 @@ if __name__ == "__main__":  # mistakes are answered, and the other ranks started
     run_command(lambda: start_stages(preflight(splits=True).pipeline))
     gc.disable()  # until `start`: it would go through all that is imported, again and again, a quarter of the time
 
+from loop.compiling import total_tokens
 from loop.fit import fit
 from loop.memory.phases import Memory
 from loop.out_of_memory import reporting

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from functools import partial
 
-from loop.compiling import total_tokens
 from loop.config import parse_command_line
 from loop.distributed.preflight import preflight
 from loop.errors import run_command
@@ -19,6 +18,7 @@ if __name__ == "__main__":  # mistakes in settings, rows and model are answered 
     gc.disable()  # until `start`: it would go through all that is imported, again and again, a quarter of the time
 
 from loop import accumulate
+from loop.compiling import total_tokens
 from loop.fit import fit
 from loop.memory.phases import Memory
 from loop.out_of_memory import reporting
