@@ -7,7 +7,7 @@ import math
 import sys
 from functools import cache
 from types import CodeType
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -47,16 +47,17 @@ class Counter(TorchDispatchMode):
     """Lists what torch's operators do in its `with` block, on any device, real or fake. Views do nothing.
 
     Args:
-        ranks: of the adapters; by these a matmul is known as LoRA's, and else is the base's.
+        ranks: of the adapters; by these a matmul is known as LoRA's, also of two or three adapters of one input side by side.
         lengths: of the segments of a packed stream; attention takes all of them in one call.
         clock: gives the time when the device has done what it was given; then each operation is timed.
     """
 
     def __init__(
-        self, ranks: Iterable[int] = (), lengths: Iterable[int] = (), clock: Callable[[], float] | None = None
+        self, ranks: Iterable[int] = (), lengths: Sequence[int] = (), clock: Callable[[], float] | None = None
     ) -> None:
         super().__init__()
-        self.ranks, self.clock = frozenset(ranks), clock
+        self.ranks = {number * rank for rank in ranks for number in (1, 2, 3)} - {sum(lengths)}
+        self.clock = clock
         self.pairs = sum(length * (length + 1) / 2 for length in lengths)  # of a position and one that it attends to
         self.operations: list[Operation] = []
         self.only = ""  # what everything is for, where this is set
