@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 import torch
 
@@ -26,6 +26,7 @@ ROUNDS = 2
 FEW_TOKENS = 16  # so few that a layer's time is that of its calls
 MOST_TOKENS = {"cuda": 8192, "cpu": 1024}  # that these layers are timed with, fewer where they have many weights
 MOST_FLOPS = {"cuda": 1e14, "cpu": 2e11}
+MOST_HEAD = 2e8  # weights of the head of a model that is timed on a CPU
 Rate = tuple[float, float]  # floating-point operations and bytes a second
 UNLIMITED = float("inf")
 GENERAL = ("matmul", "float32 matmul", "attention forward", "attention backward")
@@ -129,6 +130,11 @@ def measure(config: Config, model_dir: Path, device: torch.device, lengths: Sequ
         return timed(LastLayers(config, model_dir, device), lengths, num_threads)
     finally:
         torch.set_num_threads(before)
+
+
+def is_for_gpus(model: Any) -> bool:
+    """Whether a model's layers and head would take gigabytes and minutes to be timed on a CPU."""
+    return bool(model.vocab_size * model.hidden_size > MOST_HEAD)
 
 
 def timed(step: LastLayers, lengths: Sequence[int], num_threads: int) -> Rates:

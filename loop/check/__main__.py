@@ -25,7 +25,7 @@ from loop.check.saving import saving
 from loop.config import Config, add_config_arguments, load_config
 from loop.errors import run_command
 from loop.paths import Sizes, device_name, switch_off_unfit, versions
-from loop.rates import measure
+from loop.rates import is_for_gpus, measure
 from loop.run import find_model
 from model.build import text_config
 
@@ -44,10 +44,11 @@ def main() -> None:
     has_delta_rule = Sizes.of(model, 0).value_heads > 0
     switch_off_unfit(model, device)
     tokens = LINK_TOKENS if device.type == "cuda" else LINK_TOKENS // 16
+    can_time = device.type == "cuda" or not is_for_gpus(model)
     parts: dict[str, Callable[[], Iterable[Finding]]] = {
         "the machine": lambda: machine(config, has_delta_rule),
         "kernels": lambda: kernels(config, model, device),
-        "operations": lambda: [operations(config, model_dir, device)],
+        "operations": lambda: [operations(config, model_dir, device)] if can_time else [],
         "links": lambda: links(torch.cuda.device_count() or 2, tokens, model.hidden_size),
         "the memory of a layer of each kind": lambda: layers(config, model_dir, device),
         "saving": lambda: [saving(config, model_dir)],

@@ -33,8 +33,9 @@ from loop.pipeline.split import RowLengths, balance, sublayer_costs
 from loop.plan.search import search, table
 from loop.plan.seconds import Forecast, Shape
 from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, read_rows
-from loop.rates import CARDS, Rates, measure
+from loop.rates import CARDS, Rates, is_for_gpus, measure
 from loop.run import find_model
+from model.build import text_config
 from model.devices import OFF, ON
 
 CARD_GIB, DEFAULT = 32.0, "rtx5090"
@@ -66,13 +67,13 @@ def main() -> None:
 
 
 def rates_for(args: argparse.Namespace, workload: Workload) -> Rates | None:
-    """Of the card that is named; else as `loop.check` measured them; of this CPU, measured now; None of an unknown card."""
+    """Of the card that is named; else as `loop.check` measured them; of this CPU, measured now; None where none of these is."""
     path, on_cpu = workload.config.run_dir / "check.json", workload.device == "cpu"
     measured = json.loads(path.read_text(encoding="utf-8")).get("rates") if path.is_file() else None
     checked = Rates(**measured) if measured and measured["waits"] == on_cpu else None
     if found := checked if args.beside and checked else named(args.card) or checked:
         return found
-    if args.rank is not None or not on_cpu:
+    if args.rank is not None or not on_cpu or is_for_gpus(text_config(workload.model)):
         return None
     threads = args.threads or max(torch.get_num_threads() // workload.num_ranks, 1)
     return measure(workload.config, workload.model, torch.device("cpu"), Shape.of(workload).lengths, threads)
@@ -103,7 +104,7 @@ def planned(workload: Workload, args: argparse.Namespace, card_gib: float, rates
     by_stage = {rank % workload.num_stages: rank for rank in reversed(wanted)}  # replicas are alike
     plans = {stage: workload.rank_plan(rank, args.beside is None) for stage, rank in sorted(by_stage.items())}
     time = None
-    if args.rank is None and (rates or not args.beside):
+    if args.rank is None and (rates or workload.device == "cuda" and not args.beside):
         keep = workload.config.train.keep_layers
         time = Forecast(workload, rates or replace(CARDS[DEFAULT], generation=None)).step(workload.split, keep)
     if args.json:
