@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 NICENESS = 10
 MAX_RANKS = 8  # that memory.png shows
+MAX_SOURCES = 8  # of held-out rows that curves.png shows one by one
+KINDS = {"allocated": "memory of tensors on the GPU (as the allocator counts)",
+         "resident": "memory of the whole process (resident size, tensors and all else)"}
 COLORS = {"forward": "tab:blue", "loss": "tab:green", "backward": "tab:orange", "update": "tab:purple"}
 
 
@@ -47,29 +51,49 @@ def draw_pictures(run_dir: Path, kind: str, planned_gib: list[float]) -> str:
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws loss with held-out loss, learning rate with gradient norm, tokens per second with peak memory."""
+    """Draws a panel each: training loss, held-out loss by source, learning rate, gradient norm, tokens/s, peak of memory."""
     from matplotlib.figure import Figure
 
-    loss, rate, speed = add_panels(figure := Figure(figsize=(12, 3.6)), title, 1, 3)
-    memory = speed.twinx()
-    for axis, key, label, style in (
-        (loss, "loss", "train", {"color": "tab:blue", "alpha": 0.6}),
-        (loss, "eval_loss", "held out", {"color": "tab:orange", "marker": "o"}),
-        (rate, "lr", "learning rate", {"color": "tab:green"}),
-        (rate.twinx(), "grad_norm", "gradient norm", {"color": "tab:gray", "alpha": 0.6}),
-        (speed, "tokens_per_s", "tokens/s", {"color": "tab:purple"}),
-        (memory, "peak_gib", "peak GiB", {"color": "tab:red"}),
-    ):
-        chosen = [record for record in records if key in record]
-        axis.plot([record["step"] for record in chosen], [record[key] for record in chosen], label=label, **style)
-    loss.grid(alpha=0.3)
-    loss.legend()
-    loss.set_title("loss per supervised token", y=1)
-    rate.set_title("learning rate (green), gradient norm (grey)", y=1)
-    speed.set_title("tokens/s (purple), peak GiB (red)", y=1)
-    speed.set_ylim(bottom=0)
-    memory.set_ylim(bottom=0)
+    def points(key: str) -> tuple[list[int], list[float]]:
+        chosen = [record for record in records if record.get(key) is not None]
+        return [record["step"] for record in chosen], [record[key] for record in chosen]
+
+    figure = Figure(figsize=(12, 6.4))
+    panels = list(add_panels(figure, title, 2, 3, sharex=True).flat)
+    loss, held_out, *others = panels
+    steps, losses = points("loss")
+    loss.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+    loss.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
+    loss.set_title("training loss per supervised token", y=1)
+    held_out.plot(*points("eval_loss"), color="black", marker="o", markersize=4, label="all")
+    by_source = [(record["step"], record["eval_loss_by_source"]) for record in records if "eval_loss_by_source" in record]
+    sources = sorted({source for _, losses_by_source in by_source for source in losses_by_source})
+    for source in sources if 1 < len(sources) <= MAX_SOURCES else ():
+        own = [(step, losses[source]) for step, losses in by_source if source in losses]
+        held_out.plot(*zip(*own), linewidth=1, label=source)
+    held_out.set_title("held-out loss", y=1)
+    for axis, (key, name, color) in zip(others, (
+            ("lr", "learning rate", "tab:green"), ("grad_norm", "gradient norm", "tab:gray"),
+            ("tokens_per_s", "tokens/s", "tab:purple"), ("peak_gib", "peak of memory so far, GiB", "tab:red"))):
+        steps, values = points(key)
+        axis.plot(steps, values, color=color)
+        axis.set_title(name, y=1)
+        axis.set_ylim(0, 1.08 * max(values, default=1) or 1)
+        axis.ticklabel_format(axis="y", scilimits=(-3, 4))
+    for axis in panels:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelbottom=True)
+    for axis in (loss, held_out):
+        axis.legend(fontsize=9)
     replace_picture(figure, path)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """The mean of each value and those around it, over a tenth of all values; of fewer at both ends."""
+    half = len(values) // 20
+    sums = [0.0, *accumulate(values)]
+    spans = [(max(i - half, 0), min(i + half + 1, len(values))) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
 
 
 def add_panels(figure: Figure, title: str, num_rows: int, num_columns: int, legend: float = 0.0, **options: Any) -> Any:
@@ -79,7 +103,7 @@ def add_panels(figure: Figure, title: str, num_rows: int, num_columns: int, lege
     figure.suptitle(title, y=1 - 0.08 / height)
     figure.supxlabel("optimizer step", y=(0.08 + legend) / height)
     figure.subplots_adjust(left=0.7 / width, right=1 - 0.6 / width, bottom=(0.6 + legend) / height, top=1 - 0.65 / height,
-                           wspace=0.45, hspace=0.3)
+                           wspace=0.25, hspace=0.3)
     return figure.subplots(num_rows, num_columns, **options)
 
 
@@ -103,7 +127,7 @@ def draw_memory(records: list[dict[str, Any]], path: Path, title: str, kind: str
     num_columns = -(-num_shown // num_rows)
     figure = Figure(figsize=(8 if num_columns == 1 else 12, 1 + 3.2 * num_rows))
     some = "" if num_ranks == num_shown else f", the first {num_shown} of {num_ranks} ranks"
-    panels = add_panels(figure, f"{title}: {kind} memory in GiB{some}", num_rows, num_columns, legend=0.5,
+    panels = add_panels(figure, f"{title}: {KINDS[kind]}, in GiB{some}", num_rows, num_columns, legend=0.5,
                         sharex=True, sharey=True, squeeze=False).flat
     for rank, axis in enumerate(panels):
         if rank >= num_shown:
@@ -124,8 +148,10 @@ def draw_memory(records: list[dict[str, Any]], path: Path, title: str, kind: str
 def draw_rank(axis: Any, records: list[dict[str, Any]], planned_gib: list[float]) -> None:
     """Draws one panel of memory.png."""
     lines: list[tuple[str, str, str, dict[str, Any]]] = [
-        *((phase, "gib", f"end of {phase}", {"color": color, "alpha": 0.8}) for phase, color in COLORS.items()),
-        ("update", "peak_gib", "highest so far", {"color": "tab:gray", "linestyle": "--"}),
+        *((phase, "gib", f"end of {phase}", {"color": color, "alpha": 0.35, "linewidth": 1})
+          for phase, color in COLORS.items() if phase != "update"),
+        ("update", "gib", "end of step", {"color": COLORS["update"], "linewidth": 2}),
+        ("update", "peak_gib", "highest so far", {"color": "black", "linewidth": 2}),
         ("eval", "gib", "end of evaluation",
          {"color": "dimgray", "linestyle": "", "marker": "o", "markersize": 4, "markerfacecolor": "none"}),
         *((phase, "gib", "", {"color": "black", "linestyle": "", "marker": "D", "markersize": 4})
