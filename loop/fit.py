@@ -14,7 +14,7 @@ from loop.config import Config
 from loop.distributed.groups import Ranks
 from loop.errors import FOR_USER
 from loop.evaluate import evaluate
-from loop.memory.phases import Memory, peak_gib
+from loop.memory.phases import Memory
 from loop.metrics import RunLog
 from loop.optim import learning_rate, set_learning_rate, sync_and_clip
 from loop.samples import samples
@@ -65,8 +65,7 @@ def fit(
 
         state.step = step
         log.step(batch, total, loss=loss, lr=rate, grad_norm=grad_norm, skipped=not finite,
-                 step_s=time.perf_counter() - started, peak_gib=peak_gib(ranks.device))
-        log.memory(step, memory.marks(ranks))
+                 step_s=time.perf_counter() - started, memory=memory, marks=memory.marks(ranks))
         if step == train.memory_trace:
             log.trace(step, memory, ranks)
         if train.router_stats:

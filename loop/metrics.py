@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Iterable, TextIO
+from typing import Any, Iterable, Sequence, TextIO
 
 import torch
 from tqdm import tqdm
@@ -21,12 +23,16 @@ from loop.curves import draw_pictures
 from loop.distributed.groups import Ranks
 from loop.errors import ROOT
 from loop.line_file import MEMORY_FILE, METRICS_FILE, SAMPLES_FILE, LineFile, read_metrics
-from loop.memory.phases import Memory, peak_gib
+from loop.memory.phases import GIB, Memory, peak_gib
 from loop.memory.trace import write_page, write_snapshot
 from loop.tensorboard import TensorBoard
 
 DRAW_EVERY_S = 30
+TREND_STEPS = 10
 DRAWN_WITHIN_S = 60  # pictures for which the end of a run waits
+
+
+Marks = dict[str, dict[str, float]]  # by phase, see `Memory.marks`
 
 
 class LoadingBar(tqdm):
@@ -61,6 +67,8 @@ class RunLog:
         self.bar: tqdm | None = None
         self.files: dict[str, LineFile] = {}  # by name; open from `start` on
         self.memory_kind = "allocated" if device.type == "cuda" else "resident"
+        self.began = time.monotonic(), 0  # when the first step of this process began, and how many were done before
+        self.losses: deque[float] = deque(maxlen=2 * TREND_STEPS)  # of the last steps
         self.planned_gib: list[float] = []  # peak by rank; empty while it is not known
         self.steps_s: list[float] = []  # how long each step of this process took
         self.drawn_at = time.monotonic()
@@ -73,13 +81,18 @@ class RunLog:
             except OSError as error:
                 self.say(f"no log is written: {log_path}: {error.strerror}. Choose another place with log=FILE")
 
-    def say(self, line: str) -> None:
-        """Prints one line, and appends the line to the log."""
+    def say(self, line: str, on_bar: bool = False) -> None:
+        """Prints one line, and appends the line to the log.
+
+        Args:
+            on_bar: the progress bar shows it too, so that it is printed only where there is none, away from a terminal.
+        """
         if not self.enabled:
             return
         with suppress(OSError):  # whoever reads the output has ended; the log and the run go on
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            if not on_bar or self.bar is None or self.bar.disable:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
         if self.log_file:
             try:
                 self.log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
@@ -97,6 +110,7 @@ class RunLog:
     def start(self, done: int, total: int, evaluated: bool = True) -> None:
         """Opens the progress bar, metrics.jsonl and memory.jsonl, from which the lines after step `done` are removed, and those
         of the evaluation after it unless `evaluated`."""
+        self.began = time.monotonic(), done
         if self.enabled:
             for name in (METRICS_FILE, MEMORY_FILE, *[SAMPLES_FILE] * (self.run_dir / SAMPLES_FILE).exists()):
                 self.open(name, done, evaluated)
@@ -121,22 +135,30 @@ class RunLog:
 
     def step(
         self, batch: StepBatch, total: int, *, loss: float, lr: float, grad_norm: float, skipped: bool, step_s: float,
-        peak_gib: float,
+        memory: Memory, marks: list[Marks],
     ) -> None:
-        """Records one optimizer step."""
+        """Records one optimizer step and its memory. On a terminal the bar shows it, elsewhere a line."""
+        peaks = [max((phase["peak_gib"] for phase in by_phase.values()), default=0.0) for by_phase in marks] or [0.0]
         self.steps_s.append(step_s)
         self.record({
             "step": batch.step, "epoch": batch.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm, "skipped": skipped,
             "rows": batch.num_rows, "tokens": batch.num_tokens, "supervised_tokens": batch.num_supervised_tokens,
             "microbatches": len(batch.lines_by_slot), "microbatch_length": batch.length,
-            "step_s": step_s, "tokens_per_s": batch.num_tokens / step_s, "peak_gib": peak_gib,
+            "step_s": step_s, "tokens_per_s": batch.num_tokens / step_s, "peak_gib": max(peaks),
         })
-        self.say(f"step {batch.step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
-                 f"{batch.num_tokens / step_s:,.0f} tokens/s  {peak_gib:.2f} GiB")
+        self.memory(batch.step, marks)
+        self.losses.append(loss)
+        tensors = f"tensors {memory.most_bytes / GIB:.3g} GiB, process " if self.memory_kind == "resident" else ""
+        fullest = f" on rank {peaks.index(max(peaks))}" if len(peaks) > 1 else ""
+        shown = (f"loss {loss:.4f}{trend(self.losses)}  {batch.num_tokens / step_s:,.0f} tokens/s  "
+                 f"{tensors}{max(peaks):.2f} GiB{fullest}")
+        seconds_left = (time.monotonic() - self.began[0]) / max(batch.step - self.began[1], 1) * (total - batch.step)
+        self.say(f"step {batch.step}/{total}  {shown}  {duration(seconds_left)} left", on_bar=True)
         if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
             self.bar.update(1)
 
-    def memory(self, step: int, marks: Iterable[dict[str, dict[str, float]]]) -> None:
+    def memory(self, step: int, marks: Iterable[Marks]) -> None:
         """Appends one line a rank to memory.jsonl: the memory in each phase since the rank's last line (see `Memory.marks`).
 
         An evaluation has lines of its own. The first lines after a start also have the memory of building and loading.
@@ -144,7 +166,7 @@ class RunLog:
         self.append(MEMORY_FILE, ({"step": step, "rank": rank, **by_phase} for rank, by_phase in enumerate(marks)))
 
     def eval(
-        self, step: int, loss: float, by_source: dict[str, float], marks: Iterable[dict[str, dict[str, float]]] = ()
+        self, step: int, loss: float, by_source: dict[str, float], marks: Iterable[Marks] = ()
     ) -> None:
         """Records one evaluation and its memory, and has the pictures drawn if they are older than 30 s."""
         self.memory(step, marks)
@@ -219,3 +241,19 @@ class RunLog:
         for closing in (self.board, self.bar, *self.files.values(), self.log_file):
             if closing is not None:
                 closing.close()
+
+
+def trend(losses: Sequence[float]) -> str:
+    """By how much the mean of the last steps differs from that of as many before them; "" while there are less than four."""
+    half = len(losses) // 2
+    if half < 2:
+        return ""
+    change = statistics.fmean(list(losses)[-half:]) - statistics.fmean(list(losses)[-2 * half : -half])
+    return f" ({change:+.3f} in {half} steps)"
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,6 +1,7 @@
 """metrics.jsonl survives what a crash leaves, and the console says what the file says."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from loop import checkpoint
 from loop.line_file import LineFile, read_metrics
-from loop.metrics import RunLog
+from loop.metrics import RunLog, duration, trend
 from tests.processes import Run
 
 ROOT = Path(__file__).parents[2]
@@ -161,3 +162,24 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     log.close()
     written = (tmp_path / "metrics.jsonl").read_text()
     assert written == '{"step": 1, "loss": null, "lr": 0.30000000000000004, "by": {"x": null}}\n'
+
+
+def test_a_line_says_step_loss_trend_speed_memory_and_time_left(write_config, run_train, capsys):
+    run_train(write_config())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and "tokens/s" in line]
+    assert len(lines) == 10
+    assert re.fullmatch(r"step 10/10  loss \d\.\d{4} \(-\d\.\d{3} in 5 steps\)  [\d,]+ tokens/s  tensors 0\.\d+ GiB, "
+                        r"process \d\.\d\d GiB  0 s left", lines[-1]), lines[-1]
+    assert "in 5 steps" not in lines[2] and re.search(r"  \d+ s left$", lines[2])
+
+
+@pytest.mark.parametrize("losses, said", [([], ""), ([2, 1, 1], ""), ([4, 2, 1, 1], " (-2.000 in 2 steps)"),
+                                          ([9, 2, 2, 3, 3], " (+1.000 in 2 steps)")])
+def test_the_trend_compares_the_last_steps_with_as_many_before(losses, said):
+    assert trend(losses) == said
+
+
+@pytest.mark.parametrize("seconds, said", [
+    (0, "0 s"), (89, "89 s"), (90, "2 min"), (7199, "2 h 00 min"), (40_000, "11 h 07 min")])
+def test_durations_are_read_at_a_glance(seconds, said):
+    assert duration(seconds) == said
