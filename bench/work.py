@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
@@ -20,7 +21,7 @@ from loop.paths import PATHS
 from loop.plan.pieces import Pieces
 from loop.run import find_model
 from model.build import text_config
-from model.devices import OFF
+from model.devices import OFF, without
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- work -->", "<!-- /work -->"
@@ -33,18 +34,18 @@ PLAIN = set(PATHS) - BEFORE
 def counted(config_file: str) -> tuple[dict[str, float], dict[str, float]]:
     """Launches and bytes of a microbatch of the whole model on sm_120, by purpose; bytes by token and layer."""
     config = load_config(ROOT / config_file, [])
-    model, _ = find_model(config.model.path)
+    model = find_model(config.model.path)[0]
     num_layers = text_config(model).num_hidden_layers
     rows = (ROW,) * (TOKENS // ROW)
     pieces = Pieces(config, model, "cuda", 12, (*rows, TOKENS - sum(rows)), int(SUPERVISED * TOKENS))
-    launches, num_bytes = Counter[str](), Counter[str]()
+    num_launches, num_bytes = Counter[str](), Counter[str]()
     layers = Counter(pieces.layers(0, 2 * num_layers, 0))
     counts = [*((pieces.layer(layer), number) for layer, number in layers.items()), (pieces.embedding(), 1), (pieces.loss(), 1)]
     for operations, times in counts:
         for operation in operations:
-            launches[operation.purpose] += times * operation.work.launches
+            num_launches[operation.purpose] += times * operation.work.launches
             num_bytes[operation.purpose] += times * operation.work.num_bytes
-    return launches, {purpose: number / TOKENS / num_layers for purpose, number in num_bytes.items()}
+    return num_launches, {purpose: number / TOKENS / num_layers for purpose, number in num_bytes.items()}
 
 
 def planned(*arguments: str) -> dict[str, float]:
@@ -57,24 +58,24 @@ def planned(*arguments: str) -> dict[str, float]:
     return answer["fit"][0] if "fit" in answer else answer["time"]
 
 
-def fla_off(config: str) -> float:
-    OFF.add("delta_rule")
-    try:
-        return sum(counted(config)[0].values())
-    finally:
-        OFF.discard("delta_rule")
+def launches(config_file: str, *off: str) -> float:
+    with ExitStack() as stack:
+        for path in off:
+            stack.enter_context(without(path))
+        return sum(counted(config_file)[0].values())
 
 
-ROWS: list[tuple[str, Callable[[], float], str]] = [
-    ("launches of a 35B microbatch of 8,192 tokens", lambda: sum(counted(B35)[0].values()), ",.0f"),
-    ("the same without flash-linear-attention", lambda: fla_off(B35), ",.0f"),
-    ("MB moved by elementwise work, a token and layer of the 4B", lambda: counted(B4)[1]["elementwise"] / 1e6, ".2f"),
-    ("4B, 80 rows of 1,730 tokens, two cards: s a step as configured", lambda: planned("--config", B4)["step_s"], ".1f"),
-    ("the same with the settings that --fit finds", lambda: planned("--config", B4, "--fit")["step_s"], ".1f"),
+# what is counted, how, its format, and what this command counted at the commit before the work on it, a492850
+ROWS: list[tuple[str, Callable[[], float], str, float]] = [
+    ("launches of a 35B microbatch of 8,192 tokens", lambda: launches(B35), ",.0f", 156_630),
+    ("the same without flash-linear-attention", lambda: launches(B35, "delta_rule"), ",.0f", 251_804),
+    ("MB moved by elementwise work, a token and layer of the 4B", lambda: counted(B4)[1]["elementwise"] / 1e6, ".2f", 1.99),
+    ("4B, 80 rows of 1,730 tokens, two cards: s a step as configured", lambda: planned("--config", B4)["step_s"], ".1f", BASE1),
+    ("the same with the settings that --fit finds", lambda: planned("--config", B4, "--fit")["step_s"], ".1f", BASE2),
     ("35B on two cards: hours for 40.5 M tokens as configured, with 1f1b", lambda: EPOCH_TOKENS / 3600 / planned(
-        "--config", B35, "pipeline.schedule=1f1b")["tokens_per_s"], ".2f"),
+        "--config", B35, "pipeline.schedule=1f1b")["tokens_per_s"], ".2f", BASE3),
     ("the same with the settings that --fit finds", lambda: EPOCH_TOKENS / 3600 / planned(
-        "--config", B35, "--fit")["tokens_per_s"], ".2f"),
+        "--config", B35, "--fit")["tokens_per_s"], ".2f", BASE4),
 ]
 
 
@@ -82,14 +83,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
     args = parser.parse_args()
-    lines = [f"| RTX 5090 | without {', '.join(sorted(PLAIN))} | now | ratio |", "|---|---|---|---|"]
+    off = ", ".join(sorted(PLAIN))
+    lines = [f"| RTX 5090 | at a492850 | now, without {off} | now | now / a492850 |", "|---|---|---|---|---|"]
     print("\n".join(lines))
-    for what, function, form in ROWS:
+    for what, function, form, base in ROWS:
         OFF.update(PLAIN)
         before = function()
         OFF.clear()
         now = function()
-        lines.append(f"| {what} | {before:{form}} | {now:{form}} | {now / before:.2f} |")
+        lines.append(f"| {what} | {base:{form}} | {before:{form}} | {now:{form}} | {now / base:.2f} |")
         print(lines[-1], flush=True)
     if args.write:
         path = ROOT / "bench/README.md"
