@@ -29,7 +29,7 @@ MOST_FLOPS = {"cuda": 1e14, "cpu": 2e11}
 MOST_HEAD = 2e8  # weights of the head of a model that is timed on a CPU
 Rate = tuple[float, float]  # floating-point operations and bytes a second
 UNLIMITED = float("inf")
-GENERAL = ("matmul", "float32 matmul", "attention forward", "attention backward")
+GENERAL = ("matmul", "grouped matmul", "float32 matmul", "attention forward", "attention backward")
 COMPUTES = ("matmul", "ward")  # how kinds of operations end that are limited by floating-point operations
 CPU_LINK, PCIE_LINK = 1e9, 1e10  # gloo between two processes of a host; NCCL by way of the host
 KERNEL_S = 2e-6
@@ -41,7 +41,7 @@ class Rates:
     """What a device reaches in practice.
 
     `by_kind` has the rates of kinds of operations, see `kind_of`, and those of all others under "matmul", "float32 matmul",
-    "attention forward", "attention backward" and "other".
+    "grouped matmul" (of experts, in one kernel), "attention forward", "attention backward" and "other".
     """
 
     name: str
@@ -58,7 +58,7 @@ class Rates:
     def of_card(cls, name: str, tflops: float, float32: float, forward: float, backward: float, tb_s: float, gb_s: float,
                 memory_gib: float, generation: int, processors: int) -> Rates:
         speeds = {"matmul": tflops, "float32 matmul": float32, "attention forward": forward, "attention backward": backward,
-                  "other": float32}
+                  "grouped matmul": tflops / 2, "other": float32}
         return cls(name, {kind: (1e12 * speed, 1e12 * tb_s) for kind, speed in speeds.items()}, 7e-6, 1e9 * gb_s, memory_gib,
                    generation, KERNEL_S, processors * TILE_FLOPS, waits=False)
 
@@ -87,8 +87,8 @@ class Rates:
 # What is reached, not what is printed on the box. Peaks by NVIDIA's data sheets: bf16 with sums in float32, without sparsity,
 # 209, 165 and 989 TFLOP/s; 1.79, 1.01 and 3.35 TB/s. Matmuls of these shapes reach 80 to 90 % of the peak, on an H100 under its
 # power limit 65; copies 80 to 90 % of the bandwidth; FlashAttention 2 (arXiv:2307.08691) about 70 % of matmul forward and 60 %
-# backward. A call of PyTorch takes 5 to 10 microseconds of a CPU. Links: PCIe 5 and 4 by way of the host, NVLink. Not
-# measured here.
+# backward. Grouped kernels with few rows an expert are taken to reach half. A call of PyTorch takes 5 to 10 microseconds of a
+# CPU. Links: PCIe 5 and 4 by way of the host, NVLink. None of this was measured here.
 CARDS = {
     "rtx5090": Rates.of_card("rtx5090", 175, 70, 125, 105, 1.45, 20, 32, 12, 170),
     "rtx4090": Rates.of_card("rtx4090", 145, 55, 105, 85, 0.88, 10, 24, 8, 128),
@@ -109,6 +109,8 @@ def general(kind: str, operation: Operation) -> str:
         return kind
     if not kind.endswith("matmul"):
         return "other"
+    if operation.purpose == "experts" and operation.name not in MATMULS:
+        return "grouped matmul"
     return "float32 matmul" if operation.dtype == torch.float32 else "matmul"
 
 
