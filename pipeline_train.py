@@ -15,7 +15,7 @@ from loop.errors import run_command
 
 if __name__ == "__main__":  # mistakes are answered, and the other ranks started, before everything else is imported
     run_command(lambda: start_stages(preflight(splits=True).pipeline))
-    gc.disable()  # until `start`: it would go through all that is imported, again and again, a quarter of the time
+    gc.disable()  # until the model is built: it would go through all that is imported, again and again
 
 from loop.compiling import total_tokens
 from loop.fit import fit

@@ -15,7 +15,7 @@ from loop.errors import run_command
 
 if __name__ == "__main__":  # mistakes in settings, rows and model are answered here, before torch is imported
     run_command(preflight)
-    gc.disable()  # until `start`: it would go through all that is imported, again and again, a quarter of the time
+    gc.disable()  # until the model is built: it would go through all that is imported, again and again
 
 from loop import accumulate
 from loop.compiling import total_tokens

@@ -25,6 +25,7 @@ from typing import Any, Callable
 
 import torch
 from peft import PeftModel
+from report import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +44,6 @@ REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 BATCH_ROWS, NUM_ROWS = 16, 64
 FEWER_ROWS, FEWER_TOKENS = 16, 24  # without a cache
-START, END = "<!-- generation -->", "<!-- /generation -->"
 
 
 @dataclass(frozen=True)
@@ -213,12 +213,6 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()} {'with' if 'avx512_bf16' in text else 'without'} avx512_bf16"
 
 
-def write(text: str) -> None:
-    file = REPO / "bench/README.md"
-    before, _, rest = file.read_text().partition(START)
-    file.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", type=Path, help="a run of configs/demo.yaml; by default one of 20 steps is made")
@@ -231,7 +225,7 @@ def main() -> None:
     text = measure(task, args.rounds)
     print(text)
     if args.write:
-        write(text)
+        write("generation", text)
 
 
 if __name__ == "__main__":

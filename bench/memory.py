@@ -13,8 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+from report import write
+
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- memory -->", "<!-- /memory -->"
 B4, B35 = "configs/4b.yaml", "configs/35b.yaml"
 TARGETS = [  # what, GiB at most, arguments
     ("4B, int8, LoRA 64, 8,192 tokens, each of two cards", 8.0, ["--config", B4]),
@@ -47,9 +48,7 @@ def main() -> None:
             f"{fullest['moment']}, {fullest['module']} | {time.perf_counter() - started:.0f} |")
         print(lines[-1], flush=True)
     if args.write:
-        path = ROOT / "bench/README.md"
-        before, _, rest = path.read_text().partition(BEGIN)
-        path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}")
+        write("memory", "\n".join(lines))
     sys.exit(missed)
 
 

@@ -55,8 +55,8 @@ class Bench:
         self.log.start(0, 10**6)
         self.log.say = lambda line: None  # type: ignore[method-assign]
         self.batch = next(iter(batches.train_steps(0, 1, 0)))
-        for _ in range(3):  # a ledger counts the first two
-            self.step(True)
+        for _ in range(3):
+            self.step(True)  # the first two are counted by a ledger
 
     def step(self, marked: bool) -> float:
         """Seconds of one step, as `fit` makes it."""
@@ -80,14 +80,10 @@ class Bench:
         self.log.memory(self.state.step, self.memory.marks(self.ranks))
 
     def marks_alone(self) -> float:
-        """Seconds of a step in which nothing is computed."""
-        started = time.perf_counter()
+        """Seconds of all that a step records when nothing is computed."""
+        started, phases = time.perf_counter(), ["forward", "loss", "backward"] * len(self.batch.microbatches)
         with self.memory.step(self.batch):
-            for number in range(len(self.batch.microbatches)):
-                for phase in ("forward", "loss", "backward"):
-                    with self.memory.during(phase, number):
-                        pass
-            for phase in ("sync", "update"):
+            for phase in (*phases, "sync", "update"):
                 with self.memory.during(phase):
                     pass
         self.record(1.0, 1.0)

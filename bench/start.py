@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from report import machine, write
-from vs_trl import ALPHA, RANK, TARGETS
+from vs_trl import trl_trainer
 
 REPO = Path(__file__).resolve().parent.parent
 MAX_TOKENS = 8192
@@ -33,8 +33,8 @@ def write_rows(directory: Path, num_rows: int) -> Path:
     """Rows of about 1,730 tokens, as this project's own."""
     command = [sys.executable, "-m", "data.demo", directory / "base", "--train", str(BASE), "--eval", "20", "--long"]
     subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
-    made = [json.loads(line) for line in (directory / "base/train.jsonl").read_text().splitlines()]
-    made = [row["messages"] for row in made if row["metadata"]["source"] == "textbook"]
+    read = map(json.loads, (directory / "base/train.jsonl").read_text().splitlines())
+    made = [row["messages"] for row in read if row["metadata"]["source"] == "textbook"]
     rows = directory / "rows.jsonl"
     with open(rows, "w") as file:
         for number, (*before, question, answer) in zip(range(num_rows), itertools.cycle(made)):
@@ -61,9 +61,8 @@ def trl(rows: str, model_dir: str, num_proc: str) -> None:
     """Prepares rows as vs_trl.py has TRL do it, from a file, so that a second start finds what the first has made; ends where
     the first step begins."""
     import datasets
-    from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
+    from trl import SFTTrainer
 
     class Stop(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -83,12 +82,8 @@ def trl(rows: str, model_dir: str, num_proc: str) -> None:
         messages = [json.loads(line)["messages"] for line in Path(rows).read_text().splitlines()]
         pairs.write_text("".join(json.dumps({"prompt": m[:-1], "completion": m[-1:]}) + "\n" for m in messages))
     dataset = datasets.load_dataset("json", data_files=str(pairs), split="train", cache_dir="hub")
-    config = SFTConfig(output_dir="trl", use_cpu=True, bf16=True, model_init_kwargs={"dtype": "bfloat16"}, max_steps=1,
-                       per_device_train_batch_size=1, max_length=MAX_TOKENS, completion_only_loss=True, report_to="none",
-                       save_strategy="no", dataset_num_proc=int(num_proc) or None)
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    Clocked(model_dir, config, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(model_dir),
-            peft_config=lora, callbacks=[Stop()]).train()
+    trl_trainer(Clocked, model_dir, dataset, "bf16", Stop(), output_dir="trl", max_length=MAX_TOKENS,
+                dataset_num_proc=int(num_proc) or None).train()
 
 
 def commands(rows: Path, model_dir: Path) -> dict[str, tuple[list[str], list[str]]]:
@@ -146,9 +141,9 @@ def main() -> None:
     lines = [f"{machine('transformers', 'trl', 'tokenizers')}", f"{args.rows:,} rows of {tokens:,.0f} tokens; {args.rounds} "
              "starts each in turns, medians; rows were prepared once by each.", "",
              "| | rows prepared, s | x this trainer | command to first step, s | x this trainer |", "|---|---|---|---|---|"]
-    ours = (prepared["this trainer"][0], middle["this trainer"])
-    lines += [f"| {side} | {prepared[side][0]:.1f} | {prepared[side][0] / ours[0]:.1f} | {middle[side]:.1f} | "
-              f"{middle[side] / ours[1]:.2f} |" for side in sides]
+    (ours_s, *_), ours_start_s = prepared["this trainer"], middle["this trainer"]
+    lines += [f"| {side} | {prepared[side][0]:.1f} | {prepared[side][0] / ours_s:.1f} | {middle[side]:.1f} | "
+              f"{middle[side] / ours_start_s:.2f} |" for side in sides]
     print("\n".join(lines))
     if args.write:
         write("start", "\n".join(lines))

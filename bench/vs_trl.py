@@ -121,13 +121,34 @@ def count_tokens(model_dir: Path, rows: Path) -> list[int]:
 
 # ---- the two sides ----
 
+def trl_trainer(kind: type, model_dir: str, dataset: Any, precision: str, callback: Any, **overrides: Any) -> Any:
+    """TRL's trainer, or a class made of it, set up as its documentation shows for LoRA on prompt and completion."""
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig
+
+    settings: dict[str, Any] = dict(
+        use_cpu=True, bf16=precision == "bf16",
+        model_init_kwargs={"dtype": "bfloat16" if precision == "bf16" else "float32"},
+        per_device_train_batch_size=ROWS_A_BATCH, gradient_accumulation_steps=ACCUMULATION, num_train_epochs=1,
+        max_length=MAX_TOKENS, completion_only_loss=True, learning_rate=RATE, lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+    )
+    return kind(
+        model_dir, SFTConfig(**settings | overrides), train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )
+
+
 def train_with_trl(model_dir: str, rows: str, precision: str, settings: list[str], out: str) -> None:
-    """The worker of TRL's side: what its documentation shows for LoRA on prompt and completion."""
+    """The worker of TRL's side."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
+    from trl import SFTTrainer
 
     messages = [json.loads(line)["messages"] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
     dataset = Dataset.from_list([{"prompt": m[:-1], "completion": m[-1:]} for m in messages])
@@ -140,21 +161,7 @@ def train_with_trl(model_dir: str, rows: str, precision: str, settings: list[str
         on_train_end = on_step_begin
 
     overrides: dict[str, Any] = {key: json.loads(value) for key, value in (s.split("=", 1) for s in settings)}
-    config = SFTConfig(
-        output_dir=f"{out}.trl", use_cpu=True, bf16=precision == "bf16",
-        model_init_kwargs={"dtype": "bfloat16" if precision == "bf16" else "float32"},
-        per_device_train_batch_size=ROWS_A_BATCH, gradient_accumulation_steps=ACCUMULATION, num_train_epochs=1,
-        max_length=MAX_TOKENS, completion_only_loss=True, learning_rate=RATE, lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        **overrides,
-    )
-    trainer = SFTTrainer(
-        model_dir, config, train_dataset=dataset,
-        processing_class=AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
-        callbacks=[Clock()],
-    )
+    trainer = trl_trainer(SFTTrainer, model_dir, dataset, precision, Clock(), output_dir=f"{out}.trl", **overrides)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     prepared: Any = trainer.train_dataset

@@ -44,7 +44,6 @@ LOCKS: dict[Path, TextIO] = {}  # by the directory that this process has locked;
 
 def start(config: Config, num_stages: int = 1) -> tuple[Ranks, Path, RunLog]:
     """Connects the ranks, finds the model's directory and opens the log, in which only rank 0 writes."""
-    gc.enable()  # off while the entry point imported; without gc.freeze(), which hides objects from memory/holders.py
     ranks = Ranks.from_launcher(deterministic=config.train.deterministic, num_stages=num_stages)
     model_dir = model_directory(config.model.path, quiet=ranks.local_rank != 0)
     ranks.connect(config.distributed.timeout_s, config)
@@ -244,6 +243,9 @@ def load_state(
             model_dir, config.model.base, config.lora, seed=config.train.seed, device=ranks.device,
             recompute=config.train.recompute, keep_layers=config.train.keep_layers, first=ranks.first, stop=ranks.stop,
         )
+    gc.freeze()
+    gc.unfreeze()  # all objects are in the oldest generation now, which is collected least often
+    gc.enable()  # off since the entry point's imports
     memory.attach(stage.model)
     with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
         checksums = weights.load(model_dir, bar.advance)
