@@ -10,17 +10,16 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import Qwen3_5MoeTextConfig
 
-from loop.memory import without_values as fakes
 from loop.memory.ledger import Ledger
+from loop.memory.without_values import without_values
 from loop.paths import Sizes, compare
-from model.devices import OFF, planning_for, without
+from model.devices import OFF, without
 from model.moe import by_kernel
 from model.moe import experts as experts_module
 from model.moe import routing
@@ -126,9 +125,8 @@ class Operators(LiveBytes):
 def planned(card, num_tokens=20, hidden=128, intermediate=64, num_experts=4, top_k=2, dtype=torch.bfloat16, adapters=False):
     """Forward and backward of experts under a plan for a card: operators, and bytes above inputs and results."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(fakes, "planning_for", partial(planning_for, card=card)))
         stack.enter_context(patch.object(routing, "ASSUMED", [routing.uniform_bounds]))
-        stack.enter_context(fakes.without_values("cuda"))
+        stack.enter_context(without_values("cuda", card))
         stack.enter_context(Ledger())  # answers whoever asks for a value
         experts = FrozenExperts(num_experts, hidden, intermediate, "nf4", dtype, CPU)
         module = LoraExperts(experts, torch.empty(num_experts, hidden), torch.empty(num_experts, intermediate), 1.0)
