@@ -14,6 +14,7 @@ from data.batches import Microbatch, StepBatch
 from loop.memory.ledger import LASTING, describe_frame, whose
 from loop.memory.peak import Peak
 from loop.memory.phases import Memory
+from model.matmul import Part
 
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
 SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
@@ -68,8 +69,10 @@ def read_failure(error: BaseException, memory: Memory, rank: int) -> Failure:
         if not line and whose(frame.f_code) == "project":
             line = describe_frame((frame.f_code, number))
         values = list(frame.f_locals.values())
-        for value in frame.f_locals.values():  # the context of a backward function keeps the module of its forward
+        for value in frame.f_locals.values():  # the context of a backward function keeps the modules of its forward
             values += vars(value).values() if isinstance(value, torch.autograd.function.FunctionCtx) else ()
+        for value in list(values):
+            values += [part.base for part in value if isinstance(part, Part)] if isinstance(value, tuple) else ()
         # where a frame has both a layer and one of the layer's modules, the longer name is the more exact
         module = module or max((names[id(value)] for value in values if id(value) in names), key=len, default="")
     said = sizes_in(str(error))

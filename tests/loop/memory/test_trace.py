@@ -101,15 +101,15 @@ def test_a_forgotten_detach_is_named(traced):
 
 @pytest.mark.slow
 def test_a_dequantized_weight_saved_for_the_backward_pass_is_named(traced):
-    report, copy = traced({"model/lora.py": [
-        ("y_TO = x_TI @ base.dequantize().T", "w_OI = base.dequantize()\n        y_TO = x_TI @ w_OI.T"),
-        ("save_for_backward(x_TI, h_TK, a_KI, b_OK, keep_XI", "save_for_backward(x_TI, h_TK, a_KI, b_OK, keep_XI, w_OI"),
-        ("b_OK, keep_XI = ctx.saved_tensors", "b_OK, keep_XI, w_OI = ctx.saved_tensors"),
-        ("dx_TI = dy_TO @ ctx.base.dequantize()", "dx_TI = dy_TO @ w_OI"),
+    report, copy = traced({"model/matmul.py": [
+        ("y_TO = [base_product(x_TI, part) for part in parts]",
+         "w_OI = parts[0].base.dequantize()\n        y_TO = [base_product(x_TI, part) for part in parts]"),
+        ("save_for_backward(x_TI, h_TK, keep_XI", "save_for_backward(w_OI, x_TI, h_TK, keep_XI"),
+        ("kept: Any = ctx.saved_tensors or (None, None, None)", "kept: Any = ctx.saved_tensors[1:] or (None, None, None)"),
     ]})
     adds_up(report)
     kept = [row for row in report["at_peak"] if row["remark"] == "a dequantized weight, kept for the backward pass"]
-    place = line_of(copy, "model/lora.py", "w_OI = base.dequantize()")
+    place = line_of(copy, "model/matmul.py", "w_OI = parts[0].base.dequantize()")
     assert {row["module"].rpartition(".")[2] for row in kept} == {"q_proj", "v_proj", "down_proj"}
     for row in kept:
         assert row["category"] == "activations" and row["count"] == 2 and f"{place} forward" in row["line"]
