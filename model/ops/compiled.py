@@ -37,14 +37,15 @@ class Compiled:
     torch.compile's own compiler, inductor.
     """
 
-    def __init__(self, plain: Callable[..., Any], category: str, launches: int) -> None:
+    def __init__(self, plain: Callable[..., Any], category: str, launches: int, read_twice: int) -> None:
         self.plain, self.name = plain, plain.__name__
         self.code: dict[Any, Callable[..., Any]] = {}  # by dtypes, sizes and plain values
         self.seconds = 0.0  # that compiling took, or reading what a former process had compiled
         LIBRARY.define(self.name + torch.library.infer_schema(plain, mutates_args=()))
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"trainer::{self.name}", plain, lib=LIBRARY)
-        declare(f"trainer::{self.name}", category, lambda *call: Work(num_bytes=once(*call).num_bytes, launches=launches))
+        declare(f"trainer::{self.name}", category, lambda arguments, results: Work(
+            num_bytes=once([*arguments, *arguments[:read_twice]], results).num_bytes, launches=launches))
         self.operator = getattr(torch.ops.trainer, self.name).default
 
     def __call__(self, *arguments: Any) -> Any:
@@ -71,11 +72,16 @@ class Compiled:
 ALL: list[Compiled] = []
 
 
-def compiled(category: str = "elementwise", launches: int = 1) -> Callable[[Callable[..., Any]], Compiled]:
-    """Decorates a plain function whose first argument is a tensor, whose results share no memory with its arguments, and
-    which reads each once. `category` and `launches` (on a GPU) are what it declares to a plan."""
+def compiled(
+    category: str = "elementwise", launches: int = 1, read_twice: int = 0
+) -> Callable[[Callable[..., Any]], Compiled]:
+    """Decorates a plain function whose first argument is a tensor and whose results share no memory with its arguments.
+
+    What it declares to a plan: `category`, the kernels that inductor makes of it on a GPU, and how many of its first arguments
+    these read twice.
+    """
     def decorate(plain: Callable[..., Any]) -> Compiled:
-        ALL.append(Compiled(plain, category, launches))
+        ALL.append(Compiled(plain, category, launches, read_twice))
         return ALL[-1]
     return decorate
 

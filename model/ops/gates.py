@@ -58,12 +58,12 @@ class DeltaGates(torch.autograd.Function):
         return *delta_gates_backward(dg_TH, dbeta_TH, *ctx.saved_tensors), None, None
 
 
-@compiled()
+@compiled(launches=2)
 def delta_gates(a_TH: Tensor, b_TH: Tensor, log_rate_H: Tensor, bias_H: Tensor) -> tuple[Tensor, Tensor]:
     return -log_rate_H.float().exp() * F.softplus(a_TH.float() + bias_H), b_TH.sigmoid()
 
 
-@compiled()
+@compiled(launches=2)
 def delta_gates_backward(
     dg_TH: Tensor, dbeta_TH: Tensor, a_TH: Tensor, b_TH: Tensor, log_rate_H: Tensor, bias_H: Tensor
 ) -> tuple[Tensor, Tensor]:

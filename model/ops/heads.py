@@ -58,7 +58,7 @@ def rotate_heads(
     return rotate(q_THE, cos_TS, sin_TS, back), rotate(k_TGE, cos_TS, sin_TS, back)
 
 
-@compiled(launches=2)
+@compiled(launches=4, read_twice=2)
 def norm_and_rotate(
     q_THE: Tensor, k_TGE: Tensor, q_weight_E: Tensor, k_weight_E: Tensor, cos_TS: Tensor, sin_TS: Tensor,
     eps: float, centered: bool,

@@ -129,7 +129,8 @@ def test_a_plan_for_a_gpu_sees_one_operation_and_its_results(monkeypatch):
     arguments = (torch.empty(50, D), torch.empty(50, D), torch.empty(D), 1e-6, False)
     assert category == "elementwise" and work(arguments, add_norm.plain(*arguments)).launches == 1
     assert work(arguments, add_norm.plain(*arguments)).num_bytes == 4 * (4 * 50 * D + D + 50)
-    assert DECLARED["trainer::rotate_heads"][1](arguments, ()).launches == 2
+    heads = (torch.empty(50, H, E), torch.empty(50, G, E), torch.empty(E))
+    assert DECLARED["trainer::norm_and_rotate"][1](heads, ()) == (0, 4 * (2 * 50 * (H + G) * E + E), 4)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96),
