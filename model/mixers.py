@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.devices import OFF, on_gpu
+from model.ops.cpu_attention import CpuAttention
 
 # T tokens of the stream, R segments, H query heads, G key/value heads, E head size
 
@@ -46,17 +47,20 @@ class Segments:
 
 
 def stream_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, segments: Segments) -> Tensor:
-    """Causal attention within each segment: [1, T, H, E]. On a GPU in half precision one call of flash attention for the whole
-    stream (the fast path "attention"), else one call for each segment."""
-    if on_gpu(q_1HTE) and q_1HTE.dtype != torch.float32 and "attention" not in OFF:
+    """Causal attention within each segment: [1, T, H, E]. In half precision on a GPU one call of flash attention for the whole
+    stream (the fast path "attention"), on a CPU blocks of matmuls ("cpu_attention"); else one call for each segment."""
+    if q_1HTE.dtype != torch.float32 and on_gpu(q_1HTE) and "attention" not in OFF:
         return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments)
+    if q_1HTE.dtype == torch.bfloat16 and not on_gpu(q_1HTE) and "cpu_attention" not in OFF:
+        output_1THE: Tensor = CpuAttention.apply(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths)
+        return output_1THE
     return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths)
 
 
 def plain_attention(
     q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, lengths: tuple[int, ...]
 ) -> Tensor:
-    """One call of torch's attention for each segment; the reference for `varlen_attention`."""
+    """One call of torch's attention for each segment; the reference for both others."""
     if q_1HTE.is_cuda and q_1HTE.dtype == torch.float32:  # only attention that holds all scores takes shared heads there
         k_1GTE, v_1GTE = (x.repeat_interleave(q_1HTE.shape[1] // x.shape[1], dim=1) for x in (k_1GTE, v_1GTE))
     outputs = [
