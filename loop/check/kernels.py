@@ -156,8 +156,8 @@ def dequantizing(base: str, stored: float) -> Timed:
 
 TIMED: dict[str, Timed] = {
     "attention": attention, "cpu_attention": attention, "delta_rule": delta, "grouped_matmul": routed_experts,
-    "expert_kernel": routed_experts, "int8": dequantizing("int8", 1), "nf4": dequantizing("nf4", 0.516), "lora_gradients": lora_gradients,
-    "compiled": compiled, "adamw8bit": optimizer}
+    "expert_kernel": routed_experts, "int8": dequantizing("int8", 1), "nf4": dequantizing("nf4", 0.516),
+    "lora_gradients": lora_gradients, "compiled": compiled, "adamw8bit": optimizer}
 
 
 def loss(model: Any, dtype: torch.dtype, device: torch.device, own: Rates) -> Finding:
