@@ -40,6 +40,7 @@ def run_script(script, arguments, environment, directory, files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     if ROOT not in Path(script).parents:
+        sys.modules["model.ops.compiled"].LIBRARY._destroy()  # torch knows an operator of a name once
         for name in [name for name in sys.modules if name.partition(".")[0] in ("data", "model", "loop", "train")]:
             del sys.modules[name]
         sys.path.insert(0, str(Path(script).parent))
