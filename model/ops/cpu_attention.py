@@ -22,7 +22,7 @@ class CpuAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, lengths: tuple[int, ...]
     ) -> Tensor:
-        o_1HTE, room = empty_heads(q_1HTE), Room(q_1HTE, k_1GTE.shape[1], max(lengths))
+        o_1HTE, room = empty_heads(q_1HTE), Room(q_1HTE, k_1GTE.shape[1])
         for q_GRLE, k_G1LE, v_G1LE, o_GRLE in by_segment(lengths, k_1GTE.shape[1], q_1HTE, k_1GTE, v_1GTE, o_1HTE):
             segment = Segment(q_GRLE, k_G1LE, v_G1LE, scaling, room)
             for block in segment.blocks():
@@ -36,7 +36,7 @@ class CpuAttention(torch.autograd.Function):
     def backward(ctx: Any, do_1THE: Tensor) -> tuple[Tensor | None, ...]:
         q_1HTE, k_1GTE, v_1GTE, o_1HTE = ctx.saved_tensors
         grads = [empty_heads(x) for x in (q_1HTE, k_1GTE, v_1GTE)]
-        room = Room(q_1HTE, k_1GTE.shape[1], max(ctx.lengths))
+        room = Room(q_1HTE, k_1GTE.shape[1])
         for q_GRLE, k_G1LE, v_G1LE, o_GRLE, do_GRLE, dq_GRLE, dk_G1LE, dv_G1LE in by_segment(
                 ctx.lengths, k_1GTE.shape[1], q_1HTE, k_1GTE, v_1GTE, o_1HTE, do_1THE.transpose(1, 2), *grads):
             segment = Segment(q_GRLE, k_G1LE, v_G1LE, ctx.scaling, room)
@@ -90,15 +90,14 @@ def positions_of_block(num_shared: int, length: int) -> int:
 
 class Room:
     """Where all blocks compute, one after another: to touch fresh memory takes longer than what is computed in it.
-
-    Args:
-        longest: the length of the longest segment.
+    Enough for a segment as long as the stream, so that memory does not depend on how rows are packed; what no block touches
+    takes none.
     """
 
-    def __init__(self, q_1HTE: Tensor, num_groups: int, longest: int) -> None:
-        num_heads = q_1HTE.shape[1]
-        num_scores = min(num_heads * min(MOST_ROWS, longest) * longest,
-                         max(BLOCK_SCORES, num_heads // num_groups * LEAST_ROWS * longest))
+    def __init__(self, q_1HTE: Tensor, num_groups: int) -> None:
+        _, num_heads, length, _ = q_1HTE.shape
+        num_scores = min(num_heads * min(MOST_ROWS, length) * length,
+                         max(BLOCK_SCORES, num_heads // num_groups * LEAST_ROWS * length))
         self.half = q_1HTE.new_empty(2, num_scores)
         self.full = q_1HTE.new_empty(3, num_scores, dtype=torch.float32)
         self.future = self.full.new_full((MOST_ROWS, MOST_ROWS), -torch.inf).triu_(1)

@@ -46,7 +46,7 @@ def test_scores_are_as_exact_as_in_float32():
     """The second matmul computes what rounding the first to half precision lost."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 32).bfloat16() for _ in range(3))
-    room = cpu_attention.Room(q, 2, 64)
+    room = cpu_attention.Room(q, 2)
     segment = cpu_attention.Segment(*(x[0][:, None] for x in (q, k, v)), 0.3, room)
     product = segment.product(q[0], k[0], 0.3)
     exact = 0.3 * q[0].double() @ k[0].double().transpose(1, 2)
