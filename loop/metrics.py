@@ -116,7 +116,7 @@ class RunLog:
                 self.open(name, done, evaluated)
             if self.log_to == "tensorboard":
                 self.board = TensorBoard(self.run_dir, read_metrics(self.run_dir / METRICS_FILE), self.say)
-            self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=done, unit="step", disable=not has_columns(), dynamic_ncols=True)
 
     def open(self, name: str, done: int, evaluated: bool) -> None:
         self.files[name] = LineFile(self.run_dir / name, self.say)
@@ -156,7 +156,8 @@ class RunLog:
         self.say(f"step {batch.step}/{total}  {shown}  {duration(seconds_left)} left", on_bar=True)
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
-            self.bar.update(1)
+            with suppress(OSError):  # the terminal was closed
+                self.bar.update(1)
 
     def memory(self, step: int, marks: Iterable[Marks]) -> None:
         """Appends one line a rank to memory.jsonl: the memory in each phase since the rank's last line (see `Memory.marks`).
@@ -241,6 +242,14 @@ class RunLog:
         for closing in (self.board, self.bar, *self.files.values(), self.log_file):
             if closing is not None:
                 closing.close()
+
+
+def has_columns() -> bool:
+    """Whether a bar can be seen: some terminals do not tell how wide they are, and tqdm then draws nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def trend(losses: Sequence[float]) -> str:

@@ -96,7 +96,7 @@ def test_a_forgotten_detach_is_named(traced):
     assert worst["count"] == 1 and worst["num_bytes"] >= 128 * 64 * 4
     assert "held by the attribute 'last' of model.stages.Stage" in worst["remark"]
     assert "has a grad_fn: is a .detach() missing" in worst["remark"]
-    assert worst["line"].startswith(line_of(copy, "model/stages.py", "x_1TD = x_1TD + layer.mlp("))
+    assert worst["line"].startswith(line_of(copy, "model/stages.py", "return x_1TD + h_1TD"))
 
 
 @pytest.mark.slow
