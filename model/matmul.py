@@ -63,7 +63,10 @@ class JointMatmul(torch.autograd.Function):
             add_adapters_products(y_TO, h_TK, parts, adapters)
             ctx.save_for_backward(x_TI, h_TK, keep_XI, *adapters)
         ctx.parts, ctx.dropout, ctx.shape = parts, dropout, x_XI.shape
-        return tuple(y.view(*x_XI.shape[:-1], y.shape[1]) for y in y_TO)
+        y_XO = tuple(y.view(*x_XI.shape[:-1], y.shape[1]) for y in y_TO)
+        if not ctx.needs_input_grad[0]:  # in the first layer no gradient must reach a linear without an adapter
+            ctx.mark_non_differentiable(*(y for y, part in zip(y_XO, parts) if not part.rank))
+        return y_XO
 
     @staticmethod
     def backward(ctx: Any, *dy_XO: Tensor) -> tuple[Tensor | None, ...]:

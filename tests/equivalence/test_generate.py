@@ -9,6 +9,7 @@ from model.build import build
 from model.config import LoraConfig
 from model.decode.generate import generate
 from model.decode.sampling import Sampling
+from model.devices import without
 from model.lora import adapters_off, to_peft_name
 from model.mixers import Segments
 from model.tiny.write import write_tiny
@@ -161,8 +162,9 @@ def test_a_base_in_bf16_or_less_writes_what_its_training_forward_pass_finds_like
     """In bf16 two tokens may be equally likely, and another number of rows rounds differently: what is written is nearly
     the likeliest of the training forward pass, and its log-probability nearly the same."""
     stage, given = ours(kind, model_dir, base), prompts()
-    answers = generate(stage, given, stop_id=NO_STOP, max_tokens=MAX_TOKENS, batch_rows=3)
-    logits, losses = training_logits(stage, given, answers)
+    with without("cpu_attention"):  # the kernel of each step: where two experts are equally likely, rounding chooses another
+        answers = generate(stage, given, stop_id=NO_STOP, max_tokens=MAX_TOKENS, batch_rows=3)
+        logits, losses = training_logits(stage, given, answers)
     found = torch.tensor([p for answer in answers for p in answer.log_probs])
     assert (found + losses).abs().max() < 0.3 and (found + losses).abs().mean() < 0.02
     best = logits.log_softmax(-1).amax(-1)

@@ -84,6 +84,11 @@ def test_adapters_that_are_off_and_such_as_drop_out():
     assert not torch.equal(outputs[0][0], dropping[0].eval()(x))
 
 
+def test_of_an_input_without_gradient_only_adapters_need_one():
+    outputs = project(torch.randn(3, 24), *group("q", "frozen", "k"))
+    assert [output.requires_grad for output in outputs] == [True, False, True]
+
+
 def test_without_gradients_each_linear_is_called_since_decoding_puts_others_in_their_place():
     linears = group("q", "k")
     setattr(linears[0], "forward", lambda x: "in its place")
