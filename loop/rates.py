@@ -33,6 +33,7 @@ GENERAL = ("matmul", "grouped matmul", "float32 matmul", "attention forward", "a
 COMPUTES = ("matmul", "ward")  # how kinds of operations end that are limited by floating-point operations
 CPU_LINK, PCIE_LINK = 1e9, 1e10  # gloo between two processes of a host; NCCL by way of the host
 KERNEL_S = 2e-6
+BLOCKS = ("aten::bmm", "aten::baddbmm", "aten::baddbmm_")  # matmuls of attention on a CPU
 MATMULS, TILE_FLOPS = ("aten::mm", "aten::addmm", "aten::addmm_"), 2.0 * 128 * 64 * 1024
 
 
@@ -98,14 +99,14 @@ CARDS = {
 
 def kind_of(operation: Operation) -> str:
     """Operations of one kind run at one rate."""
-    if operation.purpose == "attention":
+    if operation.purpose == "attention" and operation.work.flops and operation.name not in BLOCKS:  # one kernel
         return "attention backward" if "backward" in operation.name else "attention forward"
     purpose = operation.purpose
     return f"{purpose} matmul" if operation.work.flops and not purpose.endswith("matmul") else purpose
 
 
 def general(kind: str, operation: Operation) -> str:
-    if kind.startswith("attention") and operation.work.flops:
+    if kind in GENERAL:
         return kind
     if not kind.endswith("matmul"):
         return "other"

@@ -21,7 +21,7 @@ from model.ops.work import DECLARED, Work
 PURPOSES = ("base matmul", "LoRA", "attention", "delta rule", "experts", "dequantize", "elementwise", "loss", "optimizer")
 # where an operation runs says what it is for: the first of these that the path of the innermost file of the project contains
 PLACES = {"model/ops/loss": "loss", "delta": "delta rule", "model/moe/": "experts", "model/lora": "LoRA",
-          "model/mixers": "attention"}
+          "model/mixers": "attention", "model/ops/cpu_attention": "attention"}
 DEQUANTIZE = ("dequantize", "plain_nf4", "plain_blockwise")  # what functions that do so begin with
 
 NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "_local_scalar_dense")  # neither reads nor writes

@@ -22,7 +22,8 @@ class Representatives:
 
     Which layers are run: the last one of each kind, where the backward pass begins and the most is kept. The first one
     too, in two cases. If activations are kept, the first layer shows how many bytes the later ones keep. If gradients
-    are larger than a layer's output, the peak of the first backward pass may be at its end, in the first layer.
+    are larger than a layer's output, or the last layer's gradient is a message, which outlives that layer, the peak of the
+    first backward pass may be at its end, in the first layer.
     Which microbatches are run: the last one and the one whose rows are padded most; in a pipeline, or where activations
     are kept, the first two as well.
     """
@@ -50,7 +51,8 @@ class Representatives:
         kind, keeps = self.kind[number], number not in self.stage.recomputed
         parameters = [p for p in self.stage.model.model.layers[number].parameters() if p.requires_grad]
         has_large_gradients = 4 * sum(p.numel() for p in parameters) > x_1TD.numel() * x_1TD.element_size()
-        shows_more = self.memory.microbatch == 0 and has_large_gradients or keeps and (kind, segments.lengths) not in self.kept
+        in_first = self.memory.microbatch == 0 and (has_large_gradients or not self.stage.is_last)
+        shows_more = in_first or keeps and (kind, segments.lengths) not in self.kept
         if self.memory.microbatch in self.run_microbatches and (
                 self.last[kind] == number or self.first[kind] == number and shows_more):
             before = self.ledger.current

@@ -40,17 +40,18 @@ class CpuAttention(torch.autograd.Function):
         for q_GRLE, k_G1LE, v_G1LE, o_GRLE, do_GRLE, dq_GRLE, dk_G1LE, dv_G1LE in by_segment(
                 ctx.lengths, k_1GTE.shape[1], q_1HTE, k_1GTE, v_1GTE, o_1HTE, do_1THE.transpose(1, 2), *grads):
             segment = Segment(q_GRLE, k_G1LE, v_G1LE, ctx.scaling, room)
-            mean_GRL1 = (o_GRLE.float() * do_GRLE).sum(3, keepdim=True).mul_(ctx.scaling)  # of a position's score gradients
+            # the mean of each position's score gradients
+            mean_GRL1 = o_GRLE.float().mul_(do_GRLE.float()).sum(3, keepdim=True).mul_(ctx.scaling)
             sums_2GLE = segment.k_GLE.new_zeros(2, *segment.k_GLE.shape, dtype=torch.float32)
             for block in segment.blocks():
                 q_NME, weight_NMS = segment.weights(block)
                 do_NME = block.rows(do_GRLE)
                 dk_NSE, dv_NSE = (block.seen(x) for x in sums_2GLE)
-                dv_NSE += torch.bmm(segment.rounded(weight_NMS).transpose(1, 2), do_NME)
+                dv_NSE += torch.bmm(segment.rounded(weight_NMS).transpose(1, 2), do_NME).float()
                 dscore_NMS = segment.product(do_NME, block.seen(segment.v_GLE), ctx.scaling)
                 dscore_NMS = segment.rounded(dscore_NMS.sub_(block.rows(mean_GRL1)).mul_(weight_NMS))
                 block.put(dq_GRLE, torch.bmm(dscore_NMS, block.seen(segment.k_GLE)))
-                dk_NSE += torch.bmm(dscore_NMS.transpose(1, 2), q_NME)
+                dk_NSE += torch.bmm(dscore_NMS.transpose(1, 2), q_NME).float()
             dk_G1LE[:, 0], dv_G1LE[:, 0] = sums_2GLE
         return *grads, None, None
 
