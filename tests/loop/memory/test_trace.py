@@ -75,7 +75,7 @@ def test_a_step_without_a_fault_leaves_nothing(traced):
 def test_a_leak_into_a_global_list_is_named(traced):
     report, copy = traced({"model/stages.py": [
         ("\n\nclass Stage(", "\nSEEN = []\n\n\nclass Stage("),
-        ("        x_1TD = x_1TD + layer.mlp(", "        SEEN.append(x_1TD)\n        x_1TD = x_1TD + layer.mlp("),
+        ("    return x_1TD + h_1TD", "    y_1TD = x_1TD + h_1TD\n    SEEN.append(y_1TD)\n    return y_1TD"),
     ]})
     adds_up(report)
     worst = report["survivors"][0]
@@ -83,7 +83,7 @@ def test_a_leak_into_a_global_list_is_named(traced):
     assert worst["count"] == 2 * num_microbatches and worst["num_bytes"] >= 2 * num_microbatches * 128 * 64 * 4
     assert (worst["module"], worst["category"]) == ("model.layers.*", "activations")
     assert "held in a list, held by the global 'SEEN' of model.stages" in worst["remark"]
-    assert worst["line"].startswith(line_of(copy, "model/stages.py", "x_1TD = x_1TD + h_1TD")), "where the tensor was made"
+    assert worst["line"].startswith(line_of(copy, "model/stages.py", "y_1TD = x_1TD + h_1TD")), "where the tensor was made"
     assert worst["phase"].startswith("forward of microbatch")
 
 
@@ -110,13 +110,11 @@ def test_a_dequantized_weight_saved_for_the_backward_pass_is_named(traced):
     adds_up(report)
     kept = [row for row in report["at_peak"] if row["remark"] == "a dequantized weight, kept for the backward pass"]
     place = line_of(copy, "model/matmul.py", "w_OI = parts[0].base.dequantize()")
-    assert {row["module"].rpartition(".")[2] for row in kept} == {"q_proj", "v_proj", "down_proj"}
     for row in kept:
-        assert row["category"] == "activations" and row["count"] == 2 and f"{place} forward" in row["line"]
-    sizes = {row["module"].rpartition(".")[2]: row["num_bytes"] for row in kept}
-    width = sizes["q_proj"] // (2 * 64 * 64)  # bytes of a number, in each of two layers
-    assert width in (2, 4) and sizes == {"q_proj": 2 * 64 * 64 * width, "v_proj": 2 * 32 * 64 * width,
-                                         "down_proj": 2 * 64 * 128 * width}
+        assert row["category"] == "activations" and f"{place} forward" in row["line"]
+    found = {row["module"].rpartition(".")[2]: (row["count"], row["num_bytes"] / row["count"] / 2) for row in kept}
+    # in bf16 that of q, the first of three in one product, in both layers, and of down where the backward pass has not yet been
+    assert found == {"self_attn": (2, 64 * 64), "down_proj": (1, 64 * 128)}
 
 
 # Parts
