@@ -175,7 +175,7 @@ def test_another_base_model_is_refused(trained, command, tmp_path):
 
 
 def test_vllm_is_given_no_experts_that_it_would_not_find(tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3_5MoeForCausalLM"]}')
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text"}')
     config = SimpleNamespace(lora=LoraConfig(4, 8, ("q_proj",), experts=True), model=SimpleNamespace(path=str(tmp_path)))
     with pytest.raises(ValueError, match="routed experts for a ...ForConditionalGeneration only.*Take --format merged"):
         write.write_adapter(Trained(tmp_path, config, tmp_path, "", None), for_vllm=True, directory=tmp_path)
