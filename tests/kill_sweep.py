@@ -196,7 +196,10 @@ class Sweep:
         found = {path.name: verify(path) for path in list_checkpoints(run_dir)}
         if phase == "interruption" and committed and found:
             committed = set(found)  # the interruption may have come at another step than in the listing run
-        return [f"{name} is gone" for name in sorted(committed - found.keys())] + list(filter(None, found.values()))
+        # of a call of another thread it is not known how far the thread that writes had come: it may have committed a newer
+        # checkpoint, and removed the older one in the rotation that follows
+        gone = [name for name in sorted(committed - found.keys()) if name > max(found, default="")]
+        return [f"{name} is gone" for name in gone] + list(filter(None, found.values()))
 
 
 def main():
