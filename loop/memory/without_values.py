@@ -17,6 +17,7 @@ from model.build import Weights
 from model.devices import planning_for
 from model.ops.gated_delta import CHUNK
 from model.ops.work import Work
+from model.quant import nf4_tables
 from model.weights.shards import Weight
 
 DELTA_RULE_LAUNCHES = 10
@@ -29,6 +30,7 @@ def without_values(device_type: str, card: int | None = None) -> Iterator[None]:
     Args:
         card: the generation of the card, as in model/devices.py; on such a card the kernels of the extra [gpu] are taken.
     """
+    nf4_tables()  # which are kept from their first use on, with values
     is_there = patch.object(delta_rule, "why_no_kernel", lambda generation: "") if card else nullcontext()
     # bitsandbytes keeps its 8-bit type for the next tensor that is quantized, here a type without values
     with (patch.dict(bnb.name2qmap), planning_for(device_type, card), is_there,

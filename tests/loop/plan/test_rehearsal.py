@@ -53,7 +53,11 @@ def test_one_layer_of_each_kind_shows_what_all_take(make_step, models, config, k
 
 @pytest.mark.parametrize("base, optimizer", [("nf4", "adamw8bit"), ("int8", "adamw"), ("float32", "adamw8bit")])
 def test_nothing_without_values_is_left_behind(make_step, models, config, base, optimizer):
+    def without_values():
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if type(thing).__name__ == "FakeTensor"}
+
+    before = without_values()  # what another test compiled keeps some
     rehearse(config(f"model.base={base}", f"train.optimizer={optimizer}"), models["moe"], Place(), "cpu", [make_step([(30,)])])
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "FakeTensor"]
+    assert without_values() <= before
     assert torch.ones(1).item() == 1
