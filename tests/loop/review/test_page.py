@@ -46,7 +46,7 @@ class Tab:
 
     def says(self, text, where="#status"):
         self.page.wait_for_function("([where, text]) => document.querySelector(where).textContent.includes(text)",
-                                    arg=[where, text])
+                                    arg=[where, text], polling=50)  # ms; frames are not drawn while a machine is busy
 
     def text(self, where):
         return self.page.eval_on_selector(where, "node => node.textContent")
