@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from report import machine, write
 
 REPO = Path(__file__).resolve().parent.parent
 NUM_STAGES, NUM_MICROBATCHES, ROW_TOKENS = 2, 16, 512
@@ -113,29 +112,13 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def describe(num_steps: int, repeats: int) -> str:
     return (
         f"Qwen3 of {LAYERS} layers of {HIDDEN}, bf16, LoRA 16, recomputation by layer, {NUM_MICROBATCHES} microbatches of "
         f"{ROW_TOKENS} tokens a step, two processes of one thread; {repeats} runs of {num_steps - 1} steps each (the first is "
         f"not counted), medians. The bound is (M + S - 1) / M of what the busier stage computed in the step.\n"
-        f"{date.today()}, {cpu()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
-        f"torch {version('torch')}."
+        f"{machine()}"
     )
-
-
-def write_section(path: Path, text: str) -> None:
-    """Replaces the section "Pipeline", or adds it."""
-    before, title, rest = (path.read_text(encoding="utf-8") if path.exists() else "# Measured\n").partition("\n## Pipeline\n")
-    _, heading, following = rest.partition("\n## ")
-    path.write_text(f"{before}\n## Pipeline\n\n`python bench/pipeline.py`\n\n{text}\n{heading}{following}", encoding="utf-8")
 
 
 def main() -> None:
@@ -151,7 +134,7 @@ def main() -> None:
     text = f"{describe(arguments.steps, arguments.repeats)}\n\n{table(results)}"
     print(text)
     if arguments.write:
-        write_section(REPO / "bench/README.md", text)
+        write("pipeline", text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from report import write
 
 from data.batches import Batches
 from loop.accumulate import forward_backward
@@ -33,7 +34,6 @@ from model.build import build
 from model.tiny.write import write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- prediction -->", "<!-- /prediction -->"
 CPU, BUSY = torch.device("cpu"), 1.25
 TINY = {"llama": {}, "qwen3_5_moe": {"hidden_size": 128, "num_experts": 8, "num_experts_per_tok": 2}}
 TARGETS = {"llama": "[q_proj,v_proj,down_proj]", "qwen3_5_moe": "[q_proj,v_proj,out_proj]"}
@@ -98,9 +98,7 @@ def main() -> None:
             lines.append(f"| {name} | {' '.join(settings)} | {forecast.seconds:.3f} | {took:.3f} | {ratio} | {most} |")
             print(lines[-1], flush=True)
     if args.write:
-        readme = ROOT / "bench/README.md"
-        head, _, rest = readme.read_text().partition(BEGIN)
-        readme.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}")
+        write("prediction", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,11 +13,13 @@ README = Path(__file__).resolve().parent / "README.md"
 
 
 def machine(*packages: str) -> str:
-    """Date, processor, load and versions."""
+    """Date, commit, processor, load and versions."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
-    return (f"{datetime.date.today()}. {names[0] if names else platform.machine()}, {os.cpu_count()} cores, a load of "
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=README.parent, capture_output=True, text=True).stdout
+    return (f"{datetime.date.today()}, {commit.strip() or 'no repository'}. {names[0] if names else platform.machine()}, "
+            f"{os.cpu_count()} cores, a load of "
             f"{os.getloadavg()[0]:.1f} at the end; {platform.system()}, Python {platform.python_version()}, {versions}.")
 
 

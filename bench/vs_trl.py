@@ -10,10 +10,8 @@ python bench/vs_trl.py --write              # also puts the table into bench/REA
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -22,9 +20,10 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from report import machine, write
 
 REPO = Path(__file__).resolve().parent.parent
 ROWS_A_BATCH, ACCUMULATION = 4, 4  # TRL's batches; here the same 16 rows are one step
@@ -33,7 +32,6 @@ RANK, ALPHA, RATE, MAX_TOKENS = 16, 32, 1e-3, 1024
 MICROBATCH_TOKENS = 1024  # two rows: how a step is cut changes nothing but memory and speed
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SYSTEM = "You are a chess coach. Comment on the move that was played: the idea behind it, and what was better."
-README_TITLE = "## Against TRL"
 # 4 operations a weight: the linears at every token, the head at the fifth that is supervised
 FLOPS_A_TOKEN = 4 * (30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49_152 * 576 / 5)
 NUM_STARTING = 2  # steps that are not counted: in these, kernels are compiled and memory is counted tensor by tensor
@@ -357,25 +355,11 @@ def ratio(values: list[float], others: list[float]) -> str:
 
 
 def describe(num_steps: int, repeats: int, rates: list[float]) -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout.strip()
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), platform.machine())
-    return (f"{datetime.date.today()}, commit {commit}. SmolLM2-135M-Instruct, LoRA {RANK} on 7 projections, {ROWS_A_BATCH} x "
+    return (f"SmolLM2-135M-Instruct, LoRA {RANK} on 7 projections, {ROWS_A_BATCH} x "
             f"{ACCUMULATION} rows of about 510\ntokens a step, {num_steps} steps, the first {NUM_STARTING} not counted, "
             f"{repeats} run(s) each in turn: median (least to most).\nbf16 matmuls of these shapes alone: "
             f"{spread([rate / 1e9 for rate in rates], 0)} GFLOP/s; the share counts {FLOPS_A_TOKEN / 1e6:.0f} M operations a "
-            f"token, 4 a weight.\n{processor}, {os.cpu_count()} cores, a load of {os.getloadavg()[2]:.1f} at the end; "
-            f"{platform.system()}, Python {platform.python_version()}, {packages}.")
-
-
-def write_section(path: Path, text: str) -> None:
-    """Replaces the measured part of the section, from its mark to the next heading or the end."""
-    before, mark, rest = path.read_text(encoding="utf-8").partition(f"{README_TITLE}\n")
-    body, measured, after = rest.partition("<!-- measured -->\n")
-    assert mark and measured, f"{path}: no section {README_TITLE!r} with a mark <!-- measured -->"
-    _, next_heading, following = after.partition("\n## ")
-    path.write_text(f"{before}{mark}{body}{measured}{text}\n{next_heading}{following}", encoding="utf-8")
+            f"token, 4 a weight.\n{machine('transformers', 'trl', 'peft')}")
 
 
 def main() -> None:
@@ -403,7 +387,7 @@ def main() -> None:
     text = f"{describe(steps, repeats, rates)}\n\n{table(results, rates)}"
     print(text)
     if arguments.write:
-        write_section(REPO / "bench/README.md", text)
+        write("measured", text)
 
 
 if __name__ == "__main__":

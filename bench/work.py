@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
+from report import write
+
 from loop.config import load_config
 from loop.paths import PATHS
 from loop.plan.pieces import Pieces
@@ -24,7 +26,6 @@ from model.build import text_config
 from model.devices import OFF, without
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- work -->", "<!-- /work -->"
 B4, B35 = "configs/4b.yaml", "configs/35b.yaml"
 TOKENS, ROW, SUPERVISED, EPOCH_TOKENS = 8192, 1730, 0.35, 40.5e6
 BEFORE = {"attention", "delta_rule", "int8", "nf4", "lora_gradients", "adamw8bit"}  # paths that an RTX 5090 took before
@@ -95,9 +96,7 @@ def main() -> None:
         lines.append(f"| {what} | {first} | {before:{form}} | {now:{form}} | {ratio} |")
         print(lines[-1], flush=True)
     if args.write:
-        path = ROOT / "bench/README.md"
-        head, _, rest = path.read_text().partition(BEGIN)
-        path.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}")
+        write("work", "\n".join(lines))
 
 
 if __name__ == "__main__":

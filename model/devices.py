@@ -4,7 +4,7 @@ fast path is taken unless this process has switched it off, which loop/paths.py 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Iterator
 
 import torch
@@ -45,25 +45,22 @@ def planning_for(device_type: str, card: int | None = None) -> Iterator[None]:
         CARD.pop()
 
 
-@contextmanager
-def without(path: str) -> Iterator[None]:
+def without(path: str) -> AbstractContextManager[None]:
     """While the context lasts, a fast path is off, and its plain reference is taken."""
-    was_off = path in OFF
-    OFF.add(path)
-    try:
-        yield
-    finally:
-        if not was_off:
-            OFF.discard(path)
+    return with_member(OFF, path)
+
+
+def taking(path: str) -> AbstractContextManager[None]:
+    """While the context lasts, a CPU takes a fast path that it takes only where it is asked to."""
+    return with_member(ON, path)
 
 
 @contextmanager
-def taking(path: str) -> Iterator[None]:
-    """While the context lasts, a CPU takes a fast path that it takes only where it is asked to."""
-    was_on = path in ON
-    ON.add(path)
+def with_member(paths: set[str], path: str) -> Iterator[None]:
+    was_there = path in paths
+    paths.add(path)
     try:
         yield
     finally:
-        if not was_on:
-            ON.discard(path)
+        if not was_there:
+            paths.discard(path)

@@ -123,7 +123,7 @@ def empty_columns(
     return x_SX.new_empty(len(x_SX), num)
 
 
-@torch.library.custom_op("trainer::experts_hidden", mutates_args=())
+@torch.library.custom_op("coach::experts_hidden", mutates_args=())
 def hidden(x_TD: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor, gate_up: list[torch.Tensor],
            intermediate: int, top_k: int) -> torch.Tensor:
     h_SI = empty_hidden(x_TD, order_S, bounds_E1, gate_up, intermediate, top_k)
@@ -132,7 +132,7 @@ def hidden(x_TD: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor, g
     return h_SI
 
 
-@torch.library.custom_op("trainer::experts_hidden_backward", mutates_args=())
+@torch.library.custom_op("coach::experts_hidden_backward", mutates_args=())
 def hidden_backward(
     x_TD: torch.Tensor, dout_TD: torch.Tensor, weight_TK: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor,
     gate_up: list[torch.Tensor], down: list[torch.Tensor], intermediate: int,
@@ -143,7 +143,7 @@ def hidden_backward(
     return results
 
 
-@torch.library.custom_op("trainer::experts_columns", mutates_args=())
+@torch.library.custom_op("coach::experts_columns", mutates_args=())
 def columns(
     x_SX: torch.Tensor, weight_TK: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor, matrices: list[torch.Tensor],
     hidden: int, first: int, num: int, backward: bool,
@@ -186,9 +186,9 @@ def moved(results: Sequence[Tensor], *read: Tensor, share: float = 1.0, stored: 
             + sum(x.nbytes for x in results))
 
 
-declare("trainer::experts_hidden", "experts", lambda a, r: Work(
+declare("coach::experts_hidden", "experts", lambda a, r: Work(
     4 * rows_of(a[1], a[2], "hidden") * a[0].shape[1] * a[4], moved(r, a[0], stored=a[3])))
-declare("trainer::experts_hidden_backward", "experts", lambda a, r: Work(
+declare("coach::experts_hidden_backward", "experts", lambda a, r: Work(
     6 * rows_of(a[3], a[4], "hidden_backward") * a[0].shape[1] * a[7], moved(r, a[0], a[1], stored=[*a[5], *a[6]])))
-declare("trainer::experts_columns", "experts", lambda a, r: Work(
+declare("coach::experts_columns", "experts", lambda a, r: Work(
     2 * rows_of(a[2], a[3], "columns") * a[0].shape[1] * a[7], moved(r, a[0], share=a[7] / a[5], stored=a[4])))

@@ -69,6 +69,18 @@ def weights(parts, expert, o, f, NUM_OUT: tl.constexpr, NUM_IN: tl.constexpr, WI
 
 
 @triton.jit
+def add_gate_and_up(gate, up, x_TD, at, mine, gate_up, expert, i, d, D: tl.constexpr, INNER: tl.constexpr, DEPTH: tl.constexpr,
+                    STORED: tl.constexpr, OPERAND: tl.constexpr):
+    """gate and up, plus what features d to d + DEPTH of the tokens at `at` contribute."""
+    dtype = x_TD.dtype.element_ty
+    x = tl.load(x_TD + at, mask=mine[:, None], other=0).to(OPERAND)
+    w = weights(gate_up, expert, i, d, 2 * INNER, D, DEPTH, STORED, dtype, OPERAND)
+    gate = tl.dot(x, tl.trans(w), gate, input_precision="ieee")
+    w = weights(gate_up, expert, i + INNER, d, 2 * INNER, D, DEPTH, STORED, dtype, OPERAND)
+    return gate, tl.dot(x, tl.trans(w), up, input_precision="ieee")
+
+
+@triton.jit
 def hidden(h_SI, x_TD, order_S, bounds_E1, gate_up, D: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
            EXPERTS: tl.constexpr, STORED: tl.constexpr, OPERAND: tl.constexpr,
            ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
@@ -83,11 +95,7 @@ def hidden(h_SI, x_TD, order_S, bounds_E1, gate_up, D: tl.constexpr, INNER: tl.c
         gate, up = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
         for d in range(0, D, DEPTH):
             at = token[:, None] * D + (d + tl.arange(0, DEPTH))[None, :]
-            x = tl.load(x_TD + at, mask=mine[:, None], other=0).to(OPERAND)
-            w = weights(gate_up, expert, i, d, 2 * INNER, D, DEPTH, STORED, dtype, OPERAND)
-            gate = tl.dot(x, tl.trans(w), gate, input_precision="ieee")
-            w = weights(gate_up, expert, i + INNER, d, 2 * INNER, D, DEPTH, STORED, dtype, OPERAND)
-            up = tl.dot(x, tl.trans(w), up, input_precision="ieee")
+            gate, up = add_gate_and_up(gate, up, x_TD, at, mine, gate_up, expert, i, d, D, INNER, DEPTH, STORED, OPERAND)
         tl.store(h_SI + row[:, None] * INNER + i[None, :], (gate * tl.sigmoid(gate) * up).to(dtype), mask=mine[:, None])
 
 
@@ -113,11 +121,7 @@ def hidden_backward(dgate_up_S2I, dweight_CS, x_TD, dout_TD, weight_S, order_S, 
         dh = tl.zeros([ROWS, COLUMNS], tl.float32)
         for d in range(0, D, DEPTH):
             at = token[:, None] * D + (d + tl.arange(0, DEPTH))[None, :]
-            x = tl.load(x_TD + at, mask=mine[:, None], other=0).to(OPERAND)
-            w = weights(gate_up, expert, i, d, 2 * INNER, D, DEPTH, STORED, dtype, OPERAND)
-            gate = tl.dot(x, tl.trans(w), gate, input_precision="ieee")
-            w = weights(gate_up, expert, i + INNER, d, 2 * INNER, D, DEPTH, STORED, dtype, OPERAND)
-            up = tl.dot(x, tl.trans(w), up, input_precision="ieee")
+            gate, up = add_gate_and_up(gate, up, x_TD, at, mine, gate_up, expert, i, d, D, INNER, DEPTH, STORED, OPERAND)
             dout = tl.load(dout_TD + at, mask=mine[:, None], other=0).to(OPERAND)
             w = weights(down, expert, d + tl.arange(0, DEPTH), column, D, INNER, COLUMNS, STORED, dtype, OPERAND)
             dh = tl.dot(dout, w, dh, input_precision="ieee")

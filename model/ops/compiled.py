@@ -16,7 +16,7 @@ from model.ops.work import Work, declare, once
 # T tokens, or any other number of rows: the first dimension of every tensor with two or more. All other sizes, dtypes and
 # plain arguments are part of the compiled code; no length of the stream compiles anything again.
 
-LIBRARY = torch.library.Library("trainer", "FRAGMENT")
+LIBRARY = torch.library.Library("coach", "FRAGMENT")
 TYPICAL_T = 4096  # what code is made for; always the same, so that two runs have the same code whatever comes first
 MOST_NUMBERS = 2**31 - 1  # that 32 bits index
 OPTIONS = {  # of inductor
@@ -28,7 +28,7 @@ OPTIONS = {  # of inductor
 
 
 class Compiled:
-    """A plain function of tensors and plain values, and an operator `trainer::<its name>` that computes the same.
+    """A plain function of tensors and plain values, and an operator `coach::<its name>` that computes the same.
 
     The fast path "compiled" takes the operator, on a GPU always and on a CPU where a run asks for it (`devices.ON`). To
     whatever counts torch's operations (a ledger, a plan) it is one operation that makes its results. torch.compile would be
@@ -43,10 +43,10 @@ class Compiled:
         self.seconds = 0.0  # that compiling took, or reading what a former process had compiled
         LIBRARY.define(self.name + torch.library.infer_schema(plain, mutates_args=()))
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"trainer::{self.name}", plain, lib=LIBRARY)
-        declare(f"trainer::{self.name}", category, lambda arguments, results: Work(
+        torch.library.register_fake(f"coach::{self.name}", plain, lib=LIBRARY)
+        declare(f"coach::{self.name}", category, lambda arguments, results: Work(
             num_bytes=once([*arguments, *arguments[:read_twice]], results).num_bytes, launches=launches))
-        self.operator = getattr(torch.ops.trainer, self.name).default
+        self.operator = getattr(torch.ops.coach, self.name).default
 
     def __call__(self, *arguments: Any) -> Any:
         return (self.operator if takes_code(arguments[0]) else self.plain)(*arguments)

@@ -142,7 +142,7 @@ def planned(card, num_tokens=20, hidden=128, intermediate=64, num_experts=4, top
             backward.peak - sum(grad.nbytes for grad in grads), forward.names + backward.names)
 
 
-OURS = {"trainer::experts_hidden", "trainer::experts_hidden_backward", "trainer::experts_columns"}
+OURS = {"coach::experts_hidden", "coach::experts_hidden_backward", "coach::experts_columns"}
 
 
 @compiled
@@ -166,7 +166,7 @@ def test_memory_and_launches_at_the_35bs_sizes():
     """Forward: hidden rows [S, I], 64 MiB, and columns as large as the input, 32 MiB. Backward: twice the rows."""
     _, forward, backward, names = planned(12, 8192, 2048, 512, 256, top_k=8)
     assert 96 * MIB < forward < 100 * MIB and 160 * MIB < backward < 165 * MIB
-    launches = [name for name in names if name.startswith("trainer::") or name in ("aten::sum", "aten::sort")]
+    launches = [name for name in names if name.startswith("coach::") or name in ("aten::sum", "aten::sort")]
     assert len(launches) == 2 + 2 + 4 * 8 + 1  # routing; hidden both ways; columns and their sums; routing weights
 
 
@@ -183,12 +183,12 @@ def test_work_is_declared():
         return declaration(arguments, results)
 
     multiplied, read = 60 + 3 * 64, 60 * 128 * 2
-    assert work("trainer::experts_hidden", (x_TD, order_S, bounds_E1, parts, 64, 2), h_SI) == (
+    assert work("coach::experts_hidden", (x_TD, order_S, bounds_E1, parts, 64, 2), h_SI) == (
         2 * multiplied * 128 * 2 * 64, read + 30 + h_SI.nbytes, 1)
     dgate_up_S2I = h_SI.repeat(1, 2)
-    assert work("trainer::experts_hidden_backward", (x_TD, x_TD, None, order_S, bounds_E1, parts, parts, 64), dgate_up_S2I) == (
+    assert work("coach::experts_hidden_backward", (x_TD, x_TD, None, order_S, bounds_E1, parts, parts, 64), dgate_up_S2I) == (
         2 * multiplied * 128 * 3 * 64, 2 * read + 60 + dgate_up_S2I.nbytes, 1)
-    assert work("trainer::experts_columns", (h_SI, None, order_S, bounds_E1, parts, 128, 0, 32, False), y_SC) == (
+    assert work("coach::experts_columns", (h_SI, None, order_S, bounds_E1, parts, 128, 0, 32, False), y_SC) == (
         2 * multiplied * 64 * 32, h_SI.nbytes + 30 / 4 + y_SC.nbytes, 1)
 
 

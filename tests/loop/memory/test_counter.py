@@ -158,18 +158,18 @@ def test_views_move_nothing_and_what_is_broadcast_is_read_once():
 
 
 def test_an_operator_declares_its_work_and_its_purpose():
-    with torch.library._scoped_library("trainer_test", "FRAGMENT") as library:
+    with torch.library._scoped_library("coach_test", "FRAGMENT") as library:
         library.define("twice(Tensor x) -> Tensor")
         library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
         x = torch.ones(10)
         for declared, expected in ((None, Work(0, 80, 1)), (lambda arguments, results: Work(5, 7, 3), Work(5, 7, 3))):
-            declare("trainer_test::twice", "elementwise", declared)
+            declare("coach_test::twice", "elementwise", declared)
             try:
                 with Counter() as counter:
-                    torch.ops.trainer_test.twice(x)
+                    torch.ops.coach_test.twice(x)
                     note("delta rule", "a kernel", torch.bfloat16, Work(1, 2, 3))
             finally:
-                del work.DECLARED["trainer_test::twice"]
+                del work.DECLARED["coach_test::twice"]
             first, second = counter.operations
             assert (first.purpose, first.work) == ("elementwise", expected)
             assert (second.purpose, second.work) == ("delta rule", Work(1, 2, 3))

@@ -108,7 +108,7 @@ def test_compiled_code_runs_under_a_ledger_and_after_it():
         counted = events()
     plain = events()
     for names in (counted, plain):
-        assert {"trainer::swiglu", "trainer::swiglu_backward"} <= set(names)
+        assert {"coach::swiglu", "coach::swiglu_backward"} <= set(names)
         assert sum("CompiledFxGraph" in name for name in names) == 2 and not {"aten::silu", "aten::mul_"} & set(names)
     made = [made for made in ledger.allocations if "test_compiled" not in made.frames[0][0].co_filename]
     assert [made.num_bytes for made in made] == 3 * [50 * 40 * 4]  # the output and two gradients, and nothing beside
@@ -125,12 +125,12 @@ def test_a_plan_for_a_gpu_sees_one_operation_and_its_results(monkeypatch):
         known = len(ledger.allocations)
         fused.of_sum(x, h)
         assert [made.num_bytes for made in ledger.allocations[known:]] == [50 * D * 2, 50 * D * 2, 50 * 4]
-    category, work = DECLARED["trainer::add_norm"]
+    category, work = DECLARED["coach::add_norm"]
     arguments = (torch.empty(50, D), torch.empty(50, D), torch.empty(D), 1e-6, False)
     assert category == "elementwise" and work(arguments, add_norm.plain(*arguments)).launches == 1
     assert work(arguments, add_norm.plain(*arguments)).num_bytes == 4 * (4 * 50 * D + D + 50)
     heads = (torch.empty(50, H, E), torch.empty(50, G, E), torch.empty(E))
-    assert DECLARED["trainer::norm_and_rotate"][1](heads, ()) == (0, 4 * (2 * 50 * (H + G) * E + E), 4)
+    assert DECLARED["coach::norm_and_rotate"][1](heads, ()) == (0, 4 * (2 * 50 * (H + G) * E + E), 4)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96),
