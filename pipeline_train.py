@@ -25,7 +25,7 @@ from loop.paths import prove
 from loop.pipeline.gpipe import passes
 from loop.pipeline.split import choose_split, table
 from loop.planned import Plan
-from loop.run import begun, finish, headline, leave, load_batches, load_state, prepare_directory, start
+from loop.run import earlier_start, finish, headline, leave, load_batches, load_state, prepare_directory, start
 from loop.state import resume
 from model.build import text_config
 
@@ -41,7 +41,7 @@ def main() -> None:
     ranks.on_main(lambda: prepare_directory(config, log.say))
 
     batches, held_out, chat = load_batches(config, model_dir, ranks)
-    earlier = begun(config, model_dir, batches, held_out, ranks, log.say)  # where an earlier start of this run ended
+    earlier = earlier_start(config, model_dir, batches, held_out, ranks, log.say)  # of this run, and where it ended
     if earlier.is_finished:
         return leave(config, log, ranks)
     prove(config, model_dir, ranks, log.say, total_tokens(config, batches))  # that what runs fast here computes right

@@ -22,7 +22,7 @@ from loop.accumulate import forward_backward
 from loop.config import load_config
 from loop.memory.phases import Memory, peak_gib
 from loop.optim import sync_and_clip
-from loop.run import begun, load_batches, load_state, prepare_directory, start
+from loop.run import earlier_start, load_batches, load_state, prepare_directory, start
 from loop.state import resume, save
 
 REPO = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ class Bench:
         prepare_directory(self.config, print)
         batches, held_out, chat = load_batches(self.config, model_dir, self.ranks)
         self.memory = Memory(self.ranks.device)
-        earlier = begun(self.config, model_dir, batches, held_out, self.ranks, print)
+        earlier = earlier_start(self.config, model_dir, batches, held_out, self.ranks, print)
         self.state = load_state(self.config, model_dir, earlier, chat, self.ranks, self.memory, print)
         resume(self.config, self.state, self.ranks, print)
         self.log.start(0, 10**6)

@@ -204,7 +204,7 @@ def load_batches(config: Config, model_dir: Path, ranks: Ranks) -> tuple[Batches
 
 
 @dataclass(frozen=True)
-class Begun:
+class Earlier:
     """What a run is, and how far an earlier start of it came."""
 
     settings: Course  # on rank 0
@@ -212,9 +212,9 @@ class Begun:
     is_finished: bool  # the same on all ranks
 
 
-def begun(
+def earlier_start(
     config: Config, model_dir: Path, batches: Batches, held_out: Batches, ranks: Ranks, say: Callable[[str], None]
-) -> Begun:
+) -> Earlier:
     """Finds the checkpoint from which the run continues, before anything of the model is read.
 
     Raises:
@@ -229,11 +229,11 @@ def begun(
     if is_finished:
         say(f"{config.run_dir} is finished already, {state['step']:,} of {total:,} steps. Train longer with train.epochs or "
             "train.max_steps, start anew with resume=never, or choose another run=NAME")
-    return Begun(settings, newest, is_finished)
+    return Earlier(settings, newest, is_finished)
 
 
 def load_state(
-    config: Config, model_dir: Path, begun: Begun, chat: ChatFormat | None, ranks: Ranks, memory: Memory,
+    config: Config, model_dir: Path, earlier: Earlier, chat: ChatFormat | None, ranks: Ranks, memory: Memory,
     say: Callable[[str], None],
 ) -> State:
     """Builds this rank's stage of the model, reads its weights, and makes the optimizer of its adapters."""
@@ -250,14 +250,14 @@ def load_state(
     with memory.during("load"), LoadingBar(ranks.device, enabled=ranks.is_main) as bar:
         checksums = weights.load(model_dir, bar.advance)
     checksums = agree_on_weights(checksums, config.model.path, ranks)
-    begun.settings[WEIGHTS] = digest(checksums)
+    earlier.settings[WEIGHTS] = digest(checksums)
     if config.train.router_stats:
         start_counting(stage.model)
     adapters = stage.adapters()
     optimizer = make_optimizer(config.train.optimizer, adapters.values(), config.train.weight_decay)
     memory.attach(stage.model, adapters.values(), optimizer)
     samples = for_samples(config, chat, ranks, say)
-    return State(stage, adapters, optimizer, begun.settings, checksums, begun.newest, samples, files)
+    return State(stage, adapters, optimizer, earlier.settings, checksums, earlier.newest, samples, files)
 
 
 def for_samples(config: Config, chat: ChatFormat | None, ranks: Ranks, say: Callable[[str], None]) -> ChatFormat | None:

@@ -20,7 +20,7 @@ from model.ops.work import DECLARED, Work
 
 PURPOSES = ("base matmul", "LoRA", "attention", "delta rule", "experts", "dequantize", "elementwise", "loss", "optimizer")
 # where an operation runs says what it is for: the first of these that the path of the innermost file of the project contains
-PLACES = {"model/ops/loss": "loss", "delta": "delta rule", "model/moe/": "experts", "model/lora": "LoRA",
+PLACES = {"model/ops/loss": "loss", "delta": "delta rule", "model/moe/": "experts",
           "model/mixers": "attention", "model/ops/cpu_attention": "attention"}
 DEQUANTIZE = ("dequantize", "plain_nf4", "plain_blockwise")  # what functions that do so begin with
 

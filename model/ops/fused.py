@@ -1,6 +1,5 @@
-"""Norms and SwiGLU with a backward pass by hand: the same numbers as transformers' modules, in half the memory or less.
-Keeps the inputs in the compute dtype; the backward pass recomputes whatever is cheap. Each function with `@compiled` is one
-pass over memory where the fast path "compiled" is taken."""
+"""Puts this project's modules in the place of transformers': norms, attention, feed-forwards and the experts' block.
+Same numbers, and half the memory or less for the backward pass, which recomputes whatever is cheap."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from model.attention import ATTENTIONS, GATED_ATTENTIONS, Attention
 from model.matmul import project
 from model.ops.compiled import compiled
 from model.ops.gates import SigmoidGate
-from model.ops.norms import FusedNorm, norm, norm_backward, rows
+from model.ops.norms import FusedGatedNorm, FusedNorm, rows
 
 # X any leading dimensions, T the rows that they make, D features, I features inside the feed-forward
 
@@ -23,52 +22,6 @@ CENTERED_NORMS = ("Qwen3_5MoeRMSNorm",)  # (1 + weight) * (x / rms(x))
 GATED_NORMS = ("Qwen3_5MoeRMSNormGated",)  # weight * (x / rms(x)) * silu(gate)
 FEED_FORWARDS = ("LlamaMLP", "Qwen3MLP", "Qwen3_5MoeMLP")  # down(silu(gate(x)) * up(x))
 WITH_EXPERTS = ("Qwen3_5MoeSparseMoeBlock",)  # routed experts + sigmoid(gate) * shared expert
-
-
-class FusedGatedNorm(nn.Module):
-    """RMSNorm with a frozen weight, times SiLU of a gate. transformers' module keeps both inputs and SiLU in float32."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    def forward(self, x_XD: Tensor, gate_XD: Tensor) -> Tensor:
-        return GatedNorm.apply(x_XD, gate_XD, self.weight, self.eps)
-
-
-class GatedNorm(torch.autograd.Function):
-    """norm(x) * silu(gate), the product in float32. Keeps x, the gate and one float32 number a position."""
-
-    @staticmethod
-    def forward(ctx: Any, x_XD: Tensor, gate_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        y_TD, rstd_T1 = gated_norm(rows(x_XD), rows(gate_XD), weight_D, eps)
-        ctx.save_for_backward(x_XD, gate_XD, weight_D, rstd_T1)
-        return y_TD.view(x_XD.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_XD, gate_XD, weight_D, rstd_T1 = ctx.saved_tensors
-        dx_TD, dgate_TD = gated_norm_backward(rows(x_XD), rows(gate_XD), rstd_T1, weight_D, rows(dy_XD))
-        return dx_TD.view(x_XD.shape), dgate_TD.view(x_XD.shape), None, None
-
-
-@compiled()
-def gated_norm(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    normed_TD, rstd_T1 = norm.plain(x_TD, weight_D, eps, False)
-    return F.silu(gate_TD.float()).mul_(normed_TD).to(x_TD.dtype), rstd_T1
-
-
-@compiled()
-def gated_norm_backward(
-    x_TD: Tensor, gate_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, dy_TD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and the gate."""
-    gate32_TD = gate_TD.float()
-    dgate_TD = (x_TD * rstd_T1).to(x_TD.dtype).mul_(weight_D) * dy_TD.float()
-    dgate_TD = torch.ops.aten.silu_backward(dgate_TD, gate32_TD).to(gate_TD.dtype)
-    dnorm_TD = F.silu(gate32_TD).mul_(dy_TD).to(x_TD.dtype)
-    del gate32_TD
-    return norm_backward.plain(x_TD, rstd_T1, weight_D, dnorm_TD, None, False), dgate_TD
 
 
 class FusedFeedForward(nn.Module):
@@ -149,9 +102,9 @@ def fuse(model: nn.Module) -> None:
                            "class to NORMS, CENTERED_NORMS or GATED_NORMS there")
 
 
-def fused_norm(norm: Any) -> nn.Module:
-    if type(norm).__name__ in GATED_NORMS:
-        return FusedGatedNorm(norm)
-    if type(norm).__name__ in CENTERED_NORMS:
-        return FusedNorm(norm.weight, norm.eps, centered=True)
-    return FusedNorm(norm.weight, norm.variance_epsilon)
+def fused_norm(module: Any) -> nn.Module:
+    if type(module).__name__ in GATED_NORMS:
+        return FusedGatedNorm(module.weight, module.variance_epsilon)
+    if type(module).__name__ in CENTERED_NORMS:
+        return FusedNorm(module.weight, module.eps, centered=True)
+    return FusedNorm(module.weight, module.variance_epsilon)

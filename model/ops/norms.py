@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight, alone or of a residual sum, with a backward pass by hand.
+"""RMSNorm with a frozen weight, alone, of a residual sum or times a gate, with a backward pass by hand.
 Keeps the normed tensor in the compute dtype and one float32 number a position; transformers keeps two float32 copies."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.ops.compiled import compiled
@@ -87,3 +88,49 @@ def norm_backward(
     minus_mean_T1 = (normed_TD * dnormed_TD).sum(-1, keepdim=True).div_(-x_TD.shape[-1])
     normed_dx_TD = dnormed_TD.addcmul_(normed_TD, minus_mean_T1).mul_(rstd_T1).to(x_TD.dtype)
     return normed_dx_TD if dx_TD is None else normed_dx_TD.add_(dx_TD)
+
+
+class FusedGatedNorm(nn.Module):
+    """RMSNorm with a frozen weight, times SiLU of a gate. transformers' module keeps both inputs and SiLU in float32."""
+
+    def __init__(self, weight: Any, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x_XD: Tensor, gate_XD: Tensor) -> Tensor:
+        return GatedNorm.apply(x_XD, gate_XD, self.weight, self.eps)
+
+
+class GatedNorm(torch.autograd.Function):
+    """norm(x) * silu(gate), the product in float32. Keeps x, the gate and one float32 number a position."""
+
+    @staticmethod
+    def forward(ctx: Any, x_XD: Tensor, gate_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        y_TD, rstd_T1 = gated_norm(rows(x_XD), rows(gate_XD), weight_D, eps)
+        ctx.save_for_backward(x_XD, gate_XD, weight_D, rstd_T1)
+        return y_TD.view(x_XD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy_XD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_XD, gate_XD, weight_D, rstd_T1 = ctx.saved_tensors
+        dx_TD, dgate_TD = gated_norm_backward(rows(x_XD), rows(gate_XD), rstd_T1, weight_D, rows(dy_XD))
+        return dx_TD.view(x_XD.shape), dgate_TD.view(x_XD.shape), None, None
+
+
+@compiled()
+def gated_norm(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed_TD, rstd_T1 = norm.plain(x_TD, weight_D, eps, False)
+    return F.silu(gate_TD.float()).mul_(normed_TD).to(x_TD.dtype), rstd_T1
+
+
+@compiled()
+def gated_norm_backward(
+    x_TD: Tensor, gate_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, dy_TD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the gate."""
+    gate32_TD = gate_TD.float()
+    dgate_TD = (x_TD * rstd_T1).to(x_TD.dtype).mul_(weight_D) * dy_TD.float()
+    dgate_TD = torch.ops.aten.silu_backward(dgate_TD, gate32_TD).to(gate_TD.dtype)
+    dnorm_TD = F.silu(gate32_TD).mul_(dy_TD).to(x_TD.dtype)
+    del gate32_TD
+    return norm_backward.plain(x_TD, rstd_T1, weight_D, dnorm_TD, None, False), dgate_TD

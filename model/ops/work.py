@@ -18,7 +18,7 @@ class Work(NamedTuple):
 
 Declaration = Callable[[Sequence[Any], Sequence[Tensor]], Work]
 
-# by an operator's name, such as "coach::rms_norm": what its work is for, and its work from its arguments and results
+# by an operator's name, such as "coach::norm": what its work is for, and its work from its arguments and results
 DECLARED: dict[str, tuple[str, Declaration]] = {}
 
 

@@ -11,10 +11,10 @@ from loop.paths import compare
 from model.devices import OFF, ON
 from model.ops import compiled as module
 from model.ops.compiled import ALL
-from model.ops.fused import SwiGlu, gated_norm, gated_norm_backward, swiglu, swiglu_backward
+from model.ops.fused import SwiGlu, swiglu, swiglu_backward
 from model.ops.gates import delta_gates, delta_gates_backward, gated, gated_backward
 from model.ops.heads import norm_and_rotate, norm_and_rotate_backward, rotate_heads
-from model.ops.norms import FusedNorm, add_norm, norm, norm_backward
+from model.ops.norms import FusedNorm, add_norm, gated_norm, gated_norm_backward, norm, norm_backward
 from model.ops.work import DECLARED
 from model.sizes import Sizes
 
