@@ -26,7 +26,7 @@ STYLES = list(GENERATION)
 
 
 def examples(tokenizer, path, think="strip"):
-    rows = list(read_rows(DataConfig(path, path, ("textbook",), think), "train"))
+    rows = list(read_rows(DataConfig(str(path), str(path), ("textbook",), think), "train"))
     return ChatFormat(tokenizer, think).examples(rows)
 
 
