@@ -26,7 +26,7 @@ from typing import Any
 from report import machine, write
 
 REPO = Path(__file__).resolve().parent.parent
-ROWS_A_BATCH, ACCUMULATION = 4, 4  # TRL's batches; here the same 16 rows are one step
+ROWS_A_BATCH, ACCUMULATION = 4, 2  # TRL's batches; here the same 8 rows are one step
 ROWS_A_STEP = ROWS_A_BATCH * ACCUMULATION
 RANK, ALPHA, RATE, MAX_TOKENS = 16, 32, 1e-3, 1024
 MICROBATCH_TOKENS = 1024  # two rows: how a step is cut changes nothing but memory and speed

@@ -14,6 +14,7 @@ from loop.config import Config
 from loop.distributed.groups import Ranks
 from loop.errors import FOR_USER
 from loop.evaluate import evaluate
+from loop.line_file import LOCK
 from loop.memory.phases import Memory
 from loop.metrics import RunLog
 from loop.optim import learning_rate, set_learning_rate, sync_and_clip
@@ -101,7 +102,7 @@ def conclude(
         save(config, state, eval_loss, ranks, log.say)
     state.writer.check()  # so that a full disk ends the run now, and not at the next checkpoint
     if log.is_lost():
-        if log.run_dir.exists():
+        if (log.run_dir / LOCK).exists():  # what this run still draws or saves makes the directory anew, without a lock
             raise ValueError(f"{log.run_dir}: another directory took its place while the run trained. Start it with another "
                              "run=NAME, or put its own directory back")
         ranks.signals.stop(f"{log.run_dir}, which was removed or renamed while the run trained", FOR_USER)

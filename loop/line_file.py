@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 from data.files import write_text
 
+LOCK = ".lock"  # in the directory of each run; held by the process that trains there
 METRICS_FILE, MEMORY_FILE, SAMPLES_FILE = "metrics.jsonl", "memory.jsonl", "samples.jsonl"
 EVALUATION = {"eval_loss", "stage_busy_s", "eval", "answer"}  # keys of lines that an evaluation writes
 

@@ -25,6 +25,7 @@ from loop.distributed.groups import Ranks
 from loop.distributed.preflight import SHAPES
 from loop.errors import record_exit, record_exits_in
 from loop.identity import WEIGHTS, Course, agree_on_weights, course, digest
+from loop.line_file import LOCK
 from loop.memory.phases import Memory
 from loop.metrics import LoadingBar, RunLog
 from loop.optim import make_optimizer
@@ -38,7 +39,6 @@ from model.weights.identity import quick_identity
 
 TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
                    "chat_template.jinja", "generation_config.json")
-LOCK = ".lock"
 LOCKS: dict[Path, TextIO] = {}  # by the directory that this process has locked; kept open until the process ends
 
 
