@@ -20,7 +20,7 @@ from report import machine, write
 
 from loop.accumulate import forward_backward
 from loop.config import load_config
-from loop.memory.phases import Memory, peak_gib
+from loop.memory.phases import Memory
 from loop.optim import sync_and_clip
 from loop.run import earlier_start, load_batches, load_state, prepare_directory, start
 from loop.state import resume, save
@@ -53,7 +53,7 @@ class Bench:
         self.state = load_state(self.config, model_dir, earlier, chat, self.ranks, self.memory, print)
         resume(self.config, self.state, self.ranks, print)
         self.log.start(0, 10**6)
-        self.log.say = lambda line: None  # type: ignore[method-assign]
+        self.log.say = lambda line, on_bar=False: None  # type: ignore[method-assign]
         self.batch = next(iter(batches.train_steps(0, 1, 0)))
         for _ in range(3):
             self.step(True)  # the first two are counted by a ledger
@@ -76,8 +76,7 @@ class Bench:
 
     def record(self, loss: float, norm: float) -> None:
         self.log.step(self.batch, 10**6, loss=loss, lr=0.0, grad_norm=norm, skipped=False, step_s=1.0,
-                      peak_gib=peak_gib(self.ranks.device))
-        self.log.memory(self.state.step, self.memory.marks(self.ranks))
+                      memory=self.memory, marks=self.memory.marks(self.ranks))
 
     def marks_alone(self) -> float:
         """Seconds of all that a step records when nothing is computed."""

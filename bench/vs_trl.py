@@ -1,9 +1,10 @@
-"""Measures this trainer against TRL's SFTTrainer, and against itself at another commit: same rows, model and adapters, in turn.
-Each run is a fresh process; what is measured is tokens a second after the first two steps, and peak memory.
+"""Measures this trainer against TRL's SFTTrainer, and against itself at another commit: same rows, model and adapters.
+Each contender is a process of its own. In each round every one makes a step while the others are stopped (SIGSTOP), so that
+whatever else the machine does meets all alike. Measured: tokens a second after the first two steps, and peak memory.
 
-python bench/vs_trl.py                      # prints the table, about 25 minutes on 2 cores
+python bench/vs_trl.py                      # prints the table, about 40 minutes on 2 cores
 python bench/vs_trl.py --against COMMIT     # also this trainer as it was at that commit
-python bench/vs_trl.py --quick              # is everything installed? a small run, too short to be believed
+python bench/vs_trl.py --rounds 1           # is everything installed? too short to be believed
 python bench/vs_trl.py --write              # also puts the table into bench/README.md
 """
 
@@ -13,23 +14,23 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from report import machine, write
 
 REPO = Path(__file__).resolve().parent.parent
-ROWS_A_BATCH, ACCUMULATION = 4, 2  # TRL's batches; here the same 8 rows are one step
-ROWS_A_STEP = ROWS_A_BATCH * ACCUMULATION
+ROWS_A_STEP = 4  # one batch of TRL's
 RANK, ALPHA, RATE, MAX_TOKENS = 16, 32, 1e-3, 1024
-MICROBATCH_TOKENS = 1024  # two rows: how a step is cut changes nothing but memory and speed
+MICROBATCH_TOKENS = 1152  # any two rows fit; how a step is cut changes nothing but memory and speed
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SYSTEM = "You are a chess coach. Comment on the move that was played: the idea behind it, and what was better."
 # 4 operations a weight: the linears at every token, the head at the fifth that is supervised
@@ -45,17 +46,6 @@ class Contender:
     is_trl: bool
     settings: tuple[str, ...] = ()  # key=value
     commit: str = ""  # of this project; "" for the working tree
-
-
-@dataclass
-class Runs:
-    """What the repeated runs of one contender in one precision measured."""
-
-    tokens_per_s: list[float] = field(default_factory=list)
-    peak_gib: list[float] = field(default_factory=list)
-    start_s: list[float] = field(default_factory=list)  # the first steps that are not counted, together
-    supervised: int = 0  # tokens with a loss, in all rows
-    first_loss: float = 0.0  # of the first step, before anything was learned
 
 
 def contenders(precision: str, commit: str, extra: list[str]) -> list[Contender]:
@@ -128,7 +118,7 @@ def trl_trainer(kind: type, model_dir: str, dataset: Any, precision: str, callba
     settings: dict[str, Any] = dict(
         use_cpu=True, bf16=precision == "bf16",
         model_init_kwargs={"dtype": "bfloat16" if precision == "bf16" else "float32"},
-        per_device_train_batch_size=ROWS_A_BATCH, gradient_accumulation_steps=ACCUMULATION, num_train_epochs=1,
+        per_device_train_batch_size=ROWS_A_STEP, num_train_epochs=1,
         max_length=MAX_TOKENS, completion_only_loss=True, learning_rate=RATE, lr_scheduler_type="cosine",
         warmup_steps=0.1,
         train_sampling_strategy="sequential", logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -143,30 +133,27 @@ def trl_trainer(kind: type, model_dir: str, dataset: Any, precision: str, callba
 
 def train_with_trl(model_dir: str, rows: str, precision: str, settings: list[str], out: str) -> None:
     """The worker of TRL's side."""
-    import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTTrainer
 
     messages = [json.loads(line)["messages"] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
     dataset = Dataset.from_list([{"prompt": m[:-1], "completion": m[-1:]} for m in messages])
-    bounds: list[float] = []
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            bounds.append(time.perf_counter())
+    class Steps(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            if "loss" in logs:
+                put({"loss": logs["loss"]})
 
-        on_train_end = on_step_begin
+    def put(record: dict[str, Any]) -> None:
+        with open(out, "a") as file:
+            print(json.dumps(record), file=file)
 
     overrides: dict[str, Any] = {key: json.loads(value) for key, value in (s.split("=", 1) for s in settings)}
-    trainer = trl_trainer(SFTTrainer, model_dir, dataset, precision, Clock(), output_dir=f"{out}.trl", **overrides)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainer = trl_trainer(SFTTrainer, model_dir, dataset, precision, Steps(), output_dir=f"{out}.trl", **overrides)
     prepared: Any = trainer.train_dataset
-    supervised = sum(label != -100 for labels in prepared["labels"] for label in labels)
-    seconds = [stop - start for start, stop in zip(bounds, bounds[1:])]
-    Path(out).write_text(json.dumps({
-        "seconds": seconds, "supervised": supervised, "first_loss": losses[0], "threads": torch.get_num_threads()}))
+    put({"supervised": sum(label != -100 for labels in prepared["labels"] for label in labels)})
+    trainer.train()
 
 
 def trl_command(model_dir: Path, rows: Path, precision: str, contender: Contender, out: Path) -> list[str]:
@@ -181,7 +168,7 @@ def our_command(model_dir: Path, rows: Path, contender: Contender, code: Path) -
         f"model.path={model_dir}", f"data.train={rows}", f"data.eval={rows}", f"data.max_tokens={MAX_TOKENS}",
         "eval.max_rows=1", "eval.every=100000", "eval.samples=0", f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
         f"train.rows_per_step={ROWS_A_STEP}", f"train.microbatch_tokens={MICROBATCH_TOKENS}",
-        f"train.learning_rate={RATE}", "train.optimizer=adamw", *contender.settings,
+        f"train.learning_rate={RATE}", "train.optimizer=adamw", "train.plan=false", *contender.settings,
     ]
 
 
@@ -203,71 +190,82 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-class PeakMemory(threading.Thread):
-    """Sums over a process and all it starts the most memory (VmHWM) each has ever had resident."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.pid, self.finished = pid, threading.Event()
-        self.peaks: dict[int, int] = {}  # KiB by process
-
-    def run(self) -> None:
-        while not self.finished.wait(0.5):
-            for pid in descendants(self.pid):
-                try:
-                    status = Path(f"/proc/{pid}/status").read_text()
-                except OSError:
-                    continue
-                for line in status.splitlines():
-                    if line.startswith("VmHWM:"):
-                        self.peaks[pid] = int(line.split()[1])
-
-    def gib(self) -> float:
-        self.finished.set()
-        self.join()
-        return sum(self.peaks.values()) / 2**20
+def peak_bytes(pid: int) -> int:
+    """The most memory (VmHWM) that a process and those it has started, as far as they are still there, had resident each."""
+    total = 0
+    for one in descendants(pid):
+        try:
+            status = Path(f"/proc/{one}/status").read_text()
+        except OSError:
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    return total
 
 
-def run_once(contender: Contender, precision: str, model_dir: Path, rows: Path, lengths: list[int], runs: Runs) -> None:
-    """One fresh process (or a torchrun of them), measured from outside.
+class Run:
+    """One contender's process, which is stopped but for its turns."""
 
-    Raises:
-        RuntimeError: it failed; its output is in the message.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        out, code = Path(directory) / "out.json", REPO
+    def __init__(self, contender: Contender, precision: str, model_dir: Path, rows: Path, lengths: list[int],
+                 directory: Path) -> None:
+        self.contender, self.lengths = contender, lengths
+        out, code = directory / "steps.jsonl", REPO
         if contender.commit:
-            code = Path(directory) / "code"
+            code = directory / "code"
             code.mkdir()
             archive = subprocess.run(["git", "archive", contender.commit], cwd=REPO, stdout=subprocess.PIPE, check=True).stdout
             subprocess.run(["tar", "-x", "-C", str(code)], input=archive, check=True)
         command = (trl_command(model_dir, rows, precision, contender, out) if contender.is_trl
                    else our_command(model_dir, rows, contender, code))
+        self.file = out if contender.is_trl else directory / "checkpoints/bench/metrics.jsonl"
+        self.output, self.peak_gib = directory / "output", 0.0
+        self.seconds: list[float] = []
+        self.measured: list[float] = []  # tokens a second of each step that counts
         environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": str(os.cpu_count() or 1),
                        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        with open(Path(directory) / "output", "w+b") as output:
-            process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            memory = PeakMemory(process.pid)
-            memory.start()
-            failed = process.wait()
-            peak_gib = memory.gib()
-            if failed:
-                output.seek(0)
-                raise RuntimeError(f"{' '.join(command)}\n{output.read().decode(errors='replace')[-3000:]}")
-        if contender.is_trl:
-            result = json.loads(out.read_text())
-            runs.supervised, runs.first_loss = result["supervised"], result["first_loss"]
-            seconds = result["seconds"]
-            tokens = [sum(lengths[i:i + ROWS_A_STEP]) for i in range(0, len(lengths), ROWS_A_STEP)]
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT,
+                                            start_new_session=True)
+        self.start_s = self.turn(NUM_STARTING)
+        self.seconds.clear()
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def steps(self) -> list[dict[str, Any]]:
+        return [record for record in self.records() if "loss" in record]
+
+    def turn(self, num_steps: int = 1) -> float:
+        """Lets it go on until it has made so many more steps; returns and keeps the seconds.
+
+        Raises:
+            RuntimeError: it ended; its output is in the message.
+        """
+        before, size, started = len(self.steps()), -1, time.perf_counter()
+        os.killpg(self.process.pid, signal.SIGCONT)
+        while True:
+            if self.file.exists() and (found := self.file.stat().st_size) != size:
+                size = found
+                if len(self.steps()) >= before + num_steps:
+                    break
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.contender.name} ended:\n{self.output.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.005)
+        self.seconds.append(time.perf_counter() - started)
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        self.peak_gib = peak_bytes(self.process.pid) / 2**30
+        return self.seconds[-1]
+
+    def tokens_per_s(self) -> list[float]:
+        """Of each step that counts. Both sides take the rows in steps of as many; this trainer shuffles them."""
+        if self.contender.is_trl:
+            tokens = [sum(self.lengths[i:i + ROWS_A_STEP]) for i in range(0, len(self.lengths), ROWS_A_STEP)]
         else:
-            lines = (Path(directory) / "checkpoints/bench/metrics.jsonl").read_text().splitlines()
-            steps = [record for record in map(json.loads, lines) if "loss" in record]
-            runs.supervised, runs.first_loss = sum(step["supervised_tokens"] for step in steps), steps[0]["loss"]
-            seconds, tokens = [step["step_s"] for step in steps], [step["tokens"] for step in steps]
-        assert sum(tokens) == sum(lengths), "the two sides did not see the same tokens"
-        runs.tokens_per_s.append(sum(tokens[NUM_STARTING:]) / sum(seconds[NUM_STARTING:]))
-        runs.start_s.append(sum(seconds[:NUM_STARTING]))
-        runs.peak_gib.append(peak_gib)
+            tokens = [record["tokens"] for record in self.steps()]
+        return [num / took for num, took in zip(tokens[NUM_STARTING:], self.seconds)]
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def matmul_rate() -> float:
@@ -289,32 +287,35 @@ def matmul_rate() -> float:
 
 
 def measure(
-    precisions: list[str], num_steps: int, repeats: int, only: list[str], commit: str, extra: list[str]
-) -> tuple[dict[tuple[str, Contender], Runs], list[float]]:
-    """All contenders in turn, the whole round repeated, so that what else happens on the machine hits all alike; and the rates
-    of matmuls alone, between the rounds."""
+    precisions: list[str], rounds: int, only: list[str], commit: str, extra: list[str]
+) -> tuple[dict[str, list[Run]], list[float]]:
+    """The runs by precision, those of one precision in turns; and the rates of matmuls alone, between the rounds."""
     from model.smollm2 import demo_model
 
     model_dir = demo_model()
-    results: dict[tuple[str, Contender], Runs] = {}
+    results: dict[str, list[Run]] = {}
     rates: list[float] = []
-    with tempfile.TemporaryDirectory() as directory:
-        rows = Path(directory) / "rows.jsonl"
-        write_rows(rows, num_steps * ROWS_A_STEP)
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as running:
+        rows = Path(temporary) / "rows.jsonl"
+        write_rows(rows, (NUM_STARTING + rounds + 2) * ROWS_A_STEP)
         lengths = count_tokens(model_dir, rows)
-        print(f"{len(lengths)} rows of {statistics.mean(lengths):.0f} tokens ({min(lengths)} to {max(lengths)})",
-              file=sys.stderr)
-        for _ in range(repeats):
-            rates.append(matmul_rate())
-            for precision in precisions:
-                for contender in contenders(precision, commit, extra):
-                    if only and contender.name not in only:
-                        continue
-                    runs = results.setdefault((precision, contender), Runs())
-                    run_once(contender, precision, model_dir, rows, lengths, runs)
-                    print(f"{precision}  {contender.name}: {runs.tokens_per_s[-1]:.0f} tokens/s, "
-                          f"{runs.peak_gib[-1]:.2f} GiB, start {runs.start_s[-1]:.0f} s, first loss {runs.first_loss:.4f}, "
-                          f"{runs.supervised} supervised", file=sys.stderr, flush=True)
+        for precision in precisions:
+            runs = results[precision] = []
+            for contender in contenders(precision, commit, extra):
+                if not only or contender.name in only:
+                    directory = Path(temporary) / f"{precision}-{len(runs)}"
+                    directory.mkdir()
+                    runs.append(Run(contender, precision, model_dir, rows, lengths, directory))
+                    running.callback(runs[-1].end)
+            for number in range(rounds):
+                rates.append(matmul_rate())
+                for run in runs[number % len(runs):] + runs[:number % len(runs)]:
+                    run.turn()
+                    print(f"{precision}  {run.contender.name}: {run.tokens_per_s()[-1]:.0f} tokens/s, {run.peak_gib:.2f} GiB, "
+                          f"first loss {run.steps()[0]['loss']:.4f}", file=sys.stderr, flush=True)
+            for run in runs:
+                run.measured = run.tokens_per_s()  # while its files are there
+            running.pop_all().close()
     return results, rates
 
 
@@ -325,40 +326,43 @@ def spread(values: list[float], digits: int) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
-def table(results: dict[tuple[str, Contender], Runs], rates: list[float]) -> str:
+def table(results: dict[str, list[Run]], rates: list[float]) -> str:
     """Medians with their range. This trainer's ratios are medians over the rounds: to each of TRL's configurations in the same
     precision, and to itself at the other commit with the same recomputation."""
-    theirs = list(dict.fromkeys(contender for _, contender in results if contender.is_trl))
-    before = [contender for _, contender in results if contender.commit]
-    columns = [f"x {contender.name}: tokens/s, memory" for contender in theirs]
-    columns += [f"x itself at {before[0].commit}: tokens/s, memory"] if before else []
-    lines = ["| precision | | tokens/s | of bf16 matmul | peak memory, GiB | first steps, s | "
+    theirs = list(dict.fromkeys(run.contender.name for runs in results.values() for run in runs if run.contender.is_trl))
+    before = next((run.contender.commit for runs in results.values() for run in runs if run.contender.commit), "")
+    columns = [f"x {name}: tokens/s, memory" for name in theirs] + [f"x itself at {before}: tokens/s, memory"] * bool(before)
+    lines = ["| precision | | tokens/s | of bf16 matmul | peak memory, GiB | command to second step, s | "
              + "".join(f"{column} | " for column in columns), "|---|---|---|---|---|---|" + "---|" * len(columns)]
-    for (precision, contender), runs in results.items():
-        others = [(precision, other) for other in theirs]
-        if before:
-            recompute = contender.name.partition(",")[2]
-            others += [key for key in results if key[0] == precision and key[1].commit
-                       and key[1].name.partition(",")[2] == recompute]
-        is_new = not contender.is_trl and not contender.commit
-        ratios = [f"{ratio(runs.tokens_per_s, results[other].tokens_per_s)}, {ratio(runs.peak_gib, results[other].peak_gib)}"
-                  if is_new and other in results else "" for other in others]
-        share = statistics.median(runs.tokens_per_s) * FLOPS_A_TOKEN / statistics.median(rates)
-        cells = [precision, contender.name, spread(runs.tokens_per_s, 0), f"{share:.0%}", spread(runs.peak_gib, 2),
-                 f"{statistics.median(runs.start_s):.0f}", *ratios]
-        lines.append(f"| {' | '.join(cells)} |")
+    for precision, runs in results.items():
+        by_name = {run.contender.name: run for run in runs}
+        for run in runs:
+            contender = run.contender
+            others = theirs + [contender.name.replace("this trainer", f"this trainer at {before}")] * bool(before)
+            is_new = not contender.is_trl and not contender.commit
+            ratios = [f"{ratio(run, by_name[other])}, {run.peak_gib / by_name[other].peak_gib:.2f}"
+                      if is_new and other in by_name else "" for other in others]
+            share = statistics.median(run.measured) * FLOPS_A_TOKEN / statistics.median(rates)
+            cells = [precision, contender.name, spread(run.measured, 0), f"{share:.0%}", f"{run.peak_gib:.2f}",
+                     f"{run.start_s:.0f}", *ratios]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def ratio(values: list[float], others: list[float]) -> str:
-    return f"{statistics.median(value / other for value, other in zip(values, others)):.2f}"
+def ratio(run: Run, other: Run) -> str:
+    """Of tokens a second, the median over the rounds, and the quarter and the three quarters of them."""
+    values = [value / before for value, before in zip(run.measured, other.measured)]
+    if len(values) < 4:
+        return f"{statistics.median(values):.2f}"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def describe(num_steps: int, repeats: int, rates: list[float]) -> str:
-    return (f"SmolLM2-135M-Instruct, LoRA {RANK} on 7 projections, {ROWS_A_BATCH} x "
-            f"{ACCUMULATION} rows of about 510\ntokens a step, {num_steps} steps, the first {NUM_STARTING} not counted, "
-            f"{repeats} run(s) each in turn: median (least to most).\nbf16 matmuls of these shapes alone: "
-            f"{spread([rate / 1e9 for rate in rates], 0)} GFLOP/s; the share counts {FLOPS_A_TOKEN / 1e6:.0f} M operations a "
+def describe(rounds: int, rates: list[float]) -> str:
+    return (f"SmolLM2-135M-Instruct, LoRA {RANK} on 7 projections, {ROWS_A_STEP} rows of about 510\ntokens a step; after "
+            f"{NUM_STARTING} steps that do not count {rounds} rounds, in each a step of every contender while the others are "
+            f"stopped:\nmedian (least to most), ratios with their middle half. bf16 matmuls of these shapes alone: "
+            f"{spread([rate / 1e9 for rate in rates], 0)} GFLOP/s;\nthe share counts {FLOPS_A_TOKEN / 1e6:.0f} M operations a "
             f"token, 4 a weight.\n{machine('transformers', 'trl', 'peft')}")
 
 
@@ -368,23 +372,20 @@ def main() -> None:
         train_with_trl(model_dir, rows, precision, settings, out)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run; the first two are not counted")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each contender")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each contender that count")
     parser.add_argument("--precision", action="append", choices=("float32", "bf16", "int8"),
                         help="default: float32 and bf16")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="contenders with this name alone")
     parser.add_argument("--against", default="", metavar="COMMIT", help="also this trainer at another commit")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of this trainer's runs")
-    parser.add_argument("--quick", action="store_true", help="3 steps, 1 run")
     parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
     arguments = parser.parse_args()
-    steps, repeats = (NUM_STARTING + 1, 1) if arguments.quick else (arguments.steps, arguments.repeats)
-    if steps <= NUM_STARTING or repeats < 1:
-        parser.error(f"expected at least {NUM_STARTING + 1} steps and 1 repeat")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: expected at least 1")
     sys.path.insert(0, str(REPO))
-    results, rates = measure(arguments.precision or ["float32", "bf16"], steps, repeats, arguments.only, arguments.against,
+    results, rates = measure(arguments.precision or ["float32", "bf16"], arguments.rounds, arguments.only, arguments.against,
                              arguments.set)
-    text = f"{describe(steps, repeats, rates)}\n\n{table(results, rates)}"
+    text = f"{describe(arguments.rounds, rates)}\n\n{table(results, rates)}"
     print(text)
     if arguments.write:
         write("measured", text)
