@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 
-from loop.config import parse_command_line
+from loop.config.command_line import parse_command_line
 from loop.distributed.launch import start_stages
 from loop.distributed.preflight import check_split, preflight
 from loop.errors import run_command

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from functools import partial
 
-from loop.config import parse_command_line
+from loop.config.command_line import parse_command_line
 from loop.distributed.preflight import preflight
 from loop.errors import run_command
 

@@ -15,7 +15,8 @@ from data.audit import audit, coloured, html_page, table
 from data.chat import ChatFormat
 from data.records import MAX_SHOWN, OVERLONG, Dropped, described
 from data.tokenized import load_rows
-from loop.config import Config, add_config_arguments, load_config
+from loop.config import Config, load_config
+from loop.config.command_line import add_config_arguments
 from loop.errors import run_command
 from loop.run import load_tokenizer
 from model.weights.fetch import model_directory

@@ -25,7 +25,7 @@ class ModelConfig:
 class LoraConfig:
     """Which linears are adapted, and how strongly."""
 
-    rank: int
+    rank: int  # of the two matrices that are trained beside each adapted linear
     alpha: float  # the adapter's output is scaled by alpha / rank
     target: tuple[str, ...]  # last part of the adapted linears' names; all-linear: every one that is quantized
     dropout: float = 0.0  # share of the adapter's inputs set to zero while training

@@ -22,7 +22,8 @@ from loop.check.layers import layers
 from loop.check.links import links
 from loop.check.machine import machine
 from loop.check.saving import saving
-from loop.config import Config, add_config_arguments, load_config
+from loop.config import Config, load_config
+from loop.config.command_line import add_config_arguments
 from loop.errors import run_command
 from loop.paths import Sizes, device_name, switch_off_unfit, versions
 from loop.rates import is_for_gpus, measure

@@ -17,7 +17,8 @@ from typing import Literal, Sequence
 from data.config import DataConfig
 from data.files import open_regular
 from data.records import Dropped, read_rows, refuse
-from loop.config import Config, parse_command_line
+from loop.config import Config
+from loop.config.command_line import parse_command_line
 from loop.errors import ROOT, run_command
 from model.architectures import LINEARS, WITH_EXPERTS, read_config
 from model.config import check_keep_layers, check_targets, local_directory

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from loop.config import Config, add_config_arguments, load_config, overridden
+from loop.config import Config, load_config, overridden
+from loop.config.command_line import add_config_arguments
 from loop.distributed.launch import die_with_parent
 from loop.distributed.preflight import check_split
 from loop.errors import run_command

@@ -1,10 +1,13 @@
 """Whatever a user can get wrong in a configuration is named; everything else arrives as it was written."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from loop.config import load_config, to_yaml
+from loop.config import by_name, load_config, to_yaml
+from loop.config.command_line import as_markdown, sections
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,3 +122,23 @@ def test_the_place_of_a_wrong_value_is_named(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no.yaml: No such file"):
         load_config(tmp_path / "no.yaml")
+
+
+def test_each_setting_is_explained():
+    """docs/settings.md is what `python -m loop.config.command_line` prints."""
+    settings = {setting.name: setting for _, _, of_section in sections() for setting in of_section}
+    config = load_config(ROOT / "configs/4b.yaml")
+    assert settings.keys() == by_name(config).keys() | {"run", "resume", "log", "log_to"}
+    assert not [setting.name for setting in settings.values() if not setting.meaning or not setting.values]
+    assert (ROOT / "docs/settings.md").read_text() == as_markdown() + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [
+    ["train.py"], ["pipeline_train.py"], ["-m", "loop.inspect"], ["-m", "loop.plan"], ["-m", "loop.check"],
+], ids=lambda command: command[-1])
+def test_help_lists_every_setting(command):
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    missing = [setting.name for _, _, of_section in sections() for setting in of_section if f"  {setting.name}" not in done.stdout]
+    assert not missing

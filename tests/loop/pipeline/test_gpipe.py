@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data.batches import Microbatch, StepBatch
-from loop.config import PipelineConfig, load_config, parse_command_line
+from loop.config import PipelineConfig, load_config
+from loop.config.command_line import parse_command_line
 from loop.distributed.groups import Ranks
 from loop.distributed.launch import choose_ranks
 from loop.distributed.preflight import check_split

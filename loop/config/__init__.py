@@ -3,7 +3,6 @@ Imports no torch, so that a typing error is reported at once."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import re
@@ -57,19 +56,19 @@ class Section:
 class TrainConfig(Section):
     """Length, rate, batch size and memory of the training."""
 
-    epochs: int
+    epochs: int  # how often every row is trained on
     rows_per_step: int  # rows of one optimizer step, over all ranks
     microbatch_tokens: int  # most tokens of one forward and backward pass
     learning_rate: float  # at the end of the warmup
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_fraction: float = 0.03  # of all steps
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after the warmup; cosine ends at 0
+    warmup_fraction: float = 0.03  # share of all steps in which the learning rate rises from 0
+    weight_decay: float = 0.01  # of AdamW: a step takes the share rate times decay from each weight
+    max_grad_norm: float = 1.0  # a longer gradient, over all adapters, is scaled down to this length
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"  # states of 4 or of 1 byte a number
     recompute: bool = True  # recompute activations in the backward pass, decoder layer by decoder layer
     keep_layers: int = 0  # layers at the end of each stage that are not recomputed; `loop.plan --fit` says how many fit
     max_steps: int | None = None  # optimizer steps; null: as many as `epochs` take
-    seed: int = 42
+    seed: int = 42  # of the order of rows, the adapters' first values and dropout
     deterministic: bool = False  # makes repeated runs on a GPU bit-equal, and slower; on the CPU they always are
     router_stats: bool = False  # record each step how evenly every layer's routed experts were used
     fast_paths: Literal["auto", "off", "require"] = "auto"  # switch off those that fail at the start, or all; or fail with them
@@ -115,7 +114,7 @@ class DistributedConfig(Section):
 class ReviewConfig(Section):
     """What makes the verdict of `python -m loop.review` a go; fixed before the first vote."""
 
-    least_votes: int = 40
+    least_votes: int = 40  # pairs on which somebody must have voted
     significance: float = 0.05  # of the exact one-sided sign test that the tuned model beats the base where one is better
     more_wrong: float = 0.1  # how far the share of its comments with wrong facts may lie above the references'
 
@@ -125,7 +124,7 @@ class PipelineConfig:
     """How pipeline_train.py splits the model; train.py ignores this section."""
 
     split: Any = "auto"  # sublayers at which the stages 1, 2, ... begin: 40 or [30, 60]; auto: one balanced stage a process
-    schedule: Literal["gpipe", "1f1b"] = "gpipe"
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"  # 1f1b: as fast, and each stage holds fewer microbatches at once
 
     def __post_init__(self) -> None:
         text = str(self.split).strip("[](), ")
@@ -166,25 +165,6 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path("checkpoints") / self.run
-
-
-def parse_command_line(splits: bool = False, arguments: list[str] | None = None) -> Config:
-    """Reads the arguments of train.py, `--config FILE [key=value ...]`, or those of pipeline_train.py, which `splits`: there
-    the file has a default, and `--split CUTS` is another form of `pipeline.split=CUTS`. This process's own by default."""
-    over = "split over several devices" if splits else "on one device or, under torchrun, on several"
-    script = "pipeline_train.py" if splits else "train.py"
-    parser = argparse.ArgumentParser(prog=script, description=f"Train LoRA adapters on a model {over}.")
-    if splits:
-        parser.add_argument("--split", metavar="CUTS", help="sublayers where stages 1, 2, ... begin: 40 | 30,60 | auto")
-    add_config_arguments(parser, default="configs/35b.yaml" if splits else None)
-    args = parser.parse_intermixed_args(arguments)
-    cuts = [f"pipeline.split={args.split}"] if splits and args.split is not None else []
-    return load_config(args.config, args.overrides + cuts)
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument("--config", required=default is None, default=default, metavar="FILE", help="such as configs/4b.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.learning_rate=2e-4")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
