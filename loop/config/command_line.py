@@ -117,8 +117,9 @@ def as_markdown() -> str:
         lines += ["", f"## {name or 'The run'}", "", " ".join(purpose.split()), "",
                   "| setting | default | values | meaning |", "|---|---|---|---|"]
         for setting in settings:
-            cells = [f"`{setting.name}`", f"`{setting.default}`" if setting.default else "", setting.values, setting.meaning]
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+            default = f"`{setting.default}`" if setting.default else ""
+            cells = [cell.replace("|", "\\|") for cell in (f"`{setting.name}`", default, setting.values, setting.meaning)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -104,15 +104,19 @@ def draw(path: Path, out: Path) -> None:
     busy, idle = busy_and_idle(times_SM22 + 1)
     figure = Figure(figsize=(12, 0.8 + 0.7 * num_stages), layout="constrained")
     axis = figure.subplots()
+    num_microbatches = times_SM22.shape[1]
     for stage, microbatch, direction in itertools.product(*map(range, times_SM22.shape[:3])):
         start, stop = times_SM22[stage, microbatch, direction].tolist()
-        color = ("tab:blue", "tab:orange")[direction]
-        axis.barh(stage, stop - start, left=start, color=color, edgecolor="white", height=0.9)
+        label = "_" if stage or microbatch else ("forward", "backward")[direction]  # "_": not in the legend
+        axis.barh(stage, stop - start, left=start, color=("#1f5fa8", "#b4560f")[direction], edgecolor="white", height=0.9,
+                  label=label)
         axis.text((start + stop) / 2, stage, str(microbatch), ha="center", va="center", fontsize=7, color="white")
     labels = [f"stage {s}\n{100 * i / (b + i):.0f} % idle" for s, (b, i) in enumerate(zip(busy, idle))]
-    title = f"step {timeline['step']}, {timeline['schedule']}: forward (blue), backward (orange), by microbatch"
+    title = (f"step {timeline['step']}, {timeline['schedule']}, each box a microbatch by its number; "
+             f"idle by the schedule alone: {(num_stages - 1) / (num_microbatches + num_stages - 1):.0%}")
     axis.set(ylim=(num_stages - 0.5, -0.5), xlim=(0, times_SM22.max().item()), xlabel="seconds", title=title,
              yticks=range(num_stages), yticklabels=labels)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(out, dpi=110)
 
 
