@@ -12,9 +12,10 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 LINEARS = {  # by model_type of the text model: the last part of the names of all linears that are quantized
     "llama": ATTENTION + FEED_FORWARD,
     "qwen3": ATTENTION + FEED_FORWARD,
+    "qwen3_moe": ATTENTION,
     "qwen3_5_moe_text": ATTENTION + ("in_proj_qkv", "in_proj_z", "out_proj") + FEED_FORWARD,
 }
-WITH_EXPERTS = ("qwen3_5_moe_text",)
+WITH_EXPERTS = ("qwen3_moe", "qwen3_5_moe_text")
 NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads")
 # the largest value of each size: several times that of any published model, and small enough to be counted without overflow
 SIZES = {
@@ -56,6 +57,8 @@ def read_config(file: Path) -> dict[str, Any]:
     if kind not in LINEARS:
         raise ValueError(f"{file}: model_type {kind!r} is not supported; supported are {', '.join(LINEARS)}")
     check_sizes(file, text)
+    if kind == "qwen3_moe" and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
+        raise ValueError(f"{file}: mlp_only_layers or decoder_sparse_step makes some layers dense, expected experts in all")
     if kind in WITH_EXPERTS and text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act is {str(text['hidden_act'])[:80]!r}, expected 'silu' for routed experts")
     return text

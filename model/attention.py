@@ -16,7 +16,7 @@ from model.ops.norms import FusedNorm
 
 # T tokens of the stream, D hidden size, H query heads, G key/value heads, E head size, S of it rotated, X heads side by side
 
-ATTENTIONS = ("LlamaAttention", "Qwen3Attention")
+ATTENTIONS = ("LlamaAttention", "Qwen3Attention", "Qwen3MoeAttention")
 GATED_ATTENTIONS = ("Qwen3_5MoeAttention",)  # q_proj also gives each head's gate, after its query
 
 

@@ -17,11 +17,11 @@ from model.ops.norms import FusedGatedNorm, FusedNorm, rows
 
 # X any leading dimensions, T the rows that they make, D features, I features inside the feed-forward
 
-NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm")  # weight * (x / rms(x))
+NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")  # weight * (x / rms(x))
 CENTERED_NORMS = ("Qwen3_5MoeRMSNorm",)  # (1 + weight) * (x / rms(x))
 GATED_NORMS = ("Qwen3_5MoeRMSNormGated",)  # weight * (x / rms(x)) * silu(gate)
 FEED_FORWARDS = ("LlamaMLP", "Qwen3MLP", "Qwen3_5MoeMLP")  # down(silu(gate(x)) * up(x))
-WITH_EXPERTS = ("Qwen3_5MoeSparseMoeBlock",)  # routed experts + sigmoid(gate) * shared expert
+WITH_SHARED_EXPERT = ("Qwen3_5MoeSparseMoeBlock",)  # routed experts + sigmoid(gate) * shared expert
 
 
 class FusedFeedForward(nn.Module):
@@ -87,7 +87,7 @@ def fuse(model: nn.Module) -> None:
         kind, (parent, _, last) = type(module).__name__, name.rpartition(".")
         if kind in FEED_FORWARDS and module.config.hidden_act == "silu":
             setattr(model.get_submodule(parent), last, FusedFeedForward(module))
-        if kind in WITH_EXPERTS:
+        if kind in WITH_SHARED_EXPERT:
             setattr(model.get_submodule(parent), last, FusedExperts(module))
         if last == "self_attn":
             if kind not in ATTENTIONS + GATED_ATTENTIONS:

@@ -1,6 +1,6 @@
 """Writes a random checkpoint of a real architecture (see model/tiny/write.py).
 
-python -m model.tiny OUT --layout fused|per-expert|fp8 [--kind qwen3_5_moe|qwen3|llama] [--scale S]
+python -m model.tiny OUT --layout fused|per-expert|fp8 [--kind qwen3_5_moe|qwen3_moe|qwen3|llama] [--scale S]
                          [--tokenizer DIR] [--seed N]
 """
 

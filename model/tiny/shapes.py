@@ -32,7 +32,7 @@ def text_config(kind: str, scale: float, num_tokens: int) -> dict[str, Any]:
             multiple = 128  # transformers reads FP8 in whole blocks only
         return max(round(value * scale / multiple) * multiple, multiple, least)
 
-    true_vocab_size = {"qwen3_5_moe": 248_320, "qwen3": 151_936, "llama": 49_152}[kind]
+    true_vocab_size = {"qwen3_5_moe": 248_320, "qwen3_moe": 151_936, "qwen3": 151_936, "llama": 49_152}[kind]
     vocab_size = max(-(-num_tokens // 64) * 64, true_vocab_size if scale == 1 else 0)
     common = {"vocab_size": vocab_size, "hidden_act": "silu", "initializer_range": 0.02, "attention_bias": False,
               "attention_dropout": 0.0, "use_cache": True, "dtype": "bfloat16"}
@@ -51,6 +51,15 @@ def text_config(kind: str, scale: float, num_tokens: int) -> dict[str, Any]:
                 "num_attention_heads": 4 * num_kv_heads, "num_key_value_heads": num_kv_heads,
                 "head_dim": scaled(128, 16), "max_position_embeddings": 262_144, "rms_norm_eps": 1e-6,
                 "rope_theta": 5_000_000.0, "tie_word_embeddings": True}
+    if kind == "qwen3_moe":  # Qwen3-30B-A3B
+        num_experts = scaled(128, 4, 8)
+        return {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **common, "hidden_size": scaled(2048, 64),
+                "num_hidden_layers": 48, "intermediate_size": scaled(6144, 64), "num_attention_heads": scaled(32, 2, 4),
+                "num_key_value_heads": scaled(4, 1, 2), "head_dim": scaled(128, 16), "num_experts": num_experts,
+                "num_experts_per_tok": min(8, num_experts // 4), "moe_intermediate_size": scaled(768, 32),
+                "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001,
+                "max_position_embeddings": 262_144, "rms_norm_eps": 1e-6, "rope_theta": 10_000_000.0,
+                "tie_word_embeddings": False}
     num_experts, head_dim, num_key_heads = scaled(256, 4, 8), scaled(256, 32), scaled(16, 1, 2)
     num_frequencies = head_dim // 8  # a quarter of the head rotates, two dimensions a frequency
     return {
@@ -82,18 +91,18 @@ def wrapped_config(text: dict[str, Any]) -> dict[str, Any]:
 
 def checkpoint_tensors(kind: str, text: dict[str, Any], is_fused: bool) -> Iterator[Stored]:
     """The tensors in the order of the model, with the names of the published checkpoint."""
-    is_moe = kind == "qwen3_5_moe"
-    prefix = "model.language_model" if is_moe else "model"
+    is_hybrid, is_moe = kind == "qwen3_5_moe", "num_experts" in text
+    prefix = "model.language_model" if is_hybrid else "model"
     hidden = text["hidden_size"]
-    norm = partial(_norm, mean=0.0 if is_moe else 1.0)  # Qwen3.5 multiplies by 1 + weight
+    norm = partial(_norm, mean=0.0 if is_hybrid else 1.0)  # Qwen3.5 multiplies by 1 + weight
     yield Stored(f"{prefix}.embed_tokens.weight", (text["vocab_size"], hidden), hidden**-0.5)
     for layer in range(text["num_hidden_layers"]):
         name = f"{prefix}.layers.{layer}"
         yield norm(f"{name}.input_layernorm.weight", hidden)
-        if is_moe and text["layer_types"][layer] == "linear_attention":
+        if is_hybrid and text["layer_types"][layer] == "linear_attention":
             yield from _delta_rule(f"{name}.linear_attn", text)
         else:
-            yield from _attention(f"{name}.self_attn", text, norm, is_gated=is_moe, has_norms=kind != "llama")
+            yield from _attention(f"{name}.self_attn", text, norm, is_gated=is_hybrid, has_norms=kind != "llama")
         yield norm(f"{name}.post_attention_layernorm.weight", hidden)
         if is_moe:
             yield from _experts(f"{name}.mlp", text, is_fused)
@@ -102,7 +111,7 @@ def checkpoint_tensors(kind: str, text: dict[str, Any], is_fused: bool) -> Itera
     yield norm(f"{prefix}.norm.weight", hidden)
     if not text["tie_word_embeddings"]:
         yield Stored("lm_head.weight", (text["vocab_size"], hidden), hidden**-0.5)
-    if is_moe:  # training on text must ignore these: some tensors of the vision tower and of the extra prediction head
+    if is_hybrid:  # training on text must ignore these: some tensors of the vision tower and of the extra prediction head
         yield Stored("model.visual.patch_embed.proj.weight", (32, 3, 2, 16, 16), 0.02)
         yield Stored("model.visual.patch_embed.proj.bias", (32,), 0.02)
         yield Stored("model.visual.blocks.0.attn.qkv.weight", (96, 32), 0.02)
@@ -167,5 +176,6 @@ def _experts(name: str, text: dict[str, Any], is_fused: bool) -> Iterator[Stored
     else:
         for e in range(num_experts):
             yield from _mlp(f"{name}.experts.{e}", hidden, intermediate)
-    yield from _mlp(f"{name}.shared_expert", hidden, text["shared_expert_intermediate_size"])
-    yield _linear(f"{name}.shared_expert_gate", 1, hidden, is_linear=False)
+    if "shared_expert_intermediate_size" in text:
+        yield from _mlp(f"{name}.shared_expert", hidden, text["shared_expert_intermediate_size"])
+        yield _linear(f"{name}.shared_expert_gate", 1, hidden, is_linear=False)

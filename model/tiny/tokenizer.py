@@ -61,7 +61,7 @@ def chat_template(kind: str) -> str:
     """The Jinja template of a kind of `model.tiny`, with the generation prompts of the published models."""
     if kind == "llama":
         return PLAIN_TEMPLATE
-    if kind == "qwen3":
+    if kind in ("qwen3", "qwen3_moe"):
         changes = {"TEXT": "message.content", "SHOWN": "(loop.last or thought)", "THOUGHT": "thought.strip('\\n')",
                    "OPENING": ""}
     else:

@@ -22,7 +22,7 @@ from model.weights.writer import ShardWriter, as_json
 
 # R rows, C columns, B blocks
 
-KINDS = ("qwen3_5_moe", "qwen3", "llama")
+KINDS = ("qwen3_5_moe", "qwen3_moe", "qwen3", "llama")
 LAYOUTS = ("fused", "per-expert", "fp8")
 DEFAULT_SCALE = 1 / 32
 SLICE_WEIGHTS = 2 * 2**20

@@ -21,6 +21,7 @@ DELTA_RULE = ["in_proj_qkv", "in_proj_z", "out_proj"]
 KINDS = {  # of a tiny model, its layout, what is adapted
     "llama": ("llama", "fused", LINEARS, False),
     "qwen3": ("qwen3", "fused", LINEARS, False),
+    "qwen3-moe, each expert a tensor": ("qwen3_moe", "per-expert", LINEARS[:4], True),
     "qwen3.5-moe": ("qwen3_5_moe", "fused", LINEARS + DELTA_RULE, False),
     "qwen3.5-moe, experts": ("qwen3_5_moe", "fused", LINEARS + DELTA_RULE, True),
     "qwen3.5-moe, each expert a tensor": ("qwen3_5_moe", "per-expert", LINEARS + DELTA_RULE, True),

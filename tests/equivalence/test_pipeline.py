@@ -29,10 +29,11 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 MEMORY = Memory(CPU)
 LOG = RunLog(Path(), "", CPU, enabled=False)
-SIZES = {"qwen3": {}, "llama": {}, "qwen3_5_moe": {
+SIZES = {"qwen3": {}, "llama": {}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2}, "qwen3_5_moe": {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_experts": 4, "num_experts_per_tok": 2}}
-TARGETS = {"qwen3": (), "llama": (), "qwen3_5_moe": ("in_proj_qkv", "in_proj_z", "out_proj")}
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+TARGETS = {"qwen3": FEED_FORWARD, "llama": FEED_FORWARD, "qwen3_moe": (),
+           "qwen3_5_moe": FEED_FORWARD + ("in_proj_qkv", "in_proj_z", "out_proj")}
 NUM_SUBLAYERS = 6
 RUNS = ((4, "gpipe", 5), (4, "1f1b", 2), (2, "1f1b", 3))  # stages among four processes, schedule, optimizer steps
 
@@ -46,7 +47,7 @@ def checkpoints(tmp_path_factory):
 def make(model_dir: Path, first: int = 0, stop: int = NUM_SUBLAYERS, recompute: bool = False, rank: int = 4) -> Stage:
     """A stage whose adapters compute something: B is not zero."""
     kind = model_dir.name
-    lora = LoraConfig(rank=rank, alpha=8, target=ATTENTION + TARGETS[kind], experts=kind == "qwen3_5_moe")
+    lora = LoraConfig(rank=rank, alpha=8, target=ATTENTION + TARGETS[kind], experts=kind.endswith("moe"))
     stage = build(model_dir, "float32", lora, seed=0, device=CPU, recompute=recompute, first=first, stop=stop)
     with torch.no_grad():
         for name, parameter in stage.adapters().items():

@@ -22,7 +22,7 @@ CPU, LENGTHS = torch.device("cpu"), (40, 9, 15)
 # whole models, and stages that begin or end inside a layer
 PLACES = [("llama", 0, None), ("qwen3", 0, None), ("qwen3", 1, 3),
           ("moe", 0, None), ("moe", 0, 3), ("moe", 0, 7), ("moe", 3, 6)]
-EXTRA = {"llama": {}, "qwen3": {}, "moe": {"moe_intermediate_size": 64}}
+EXTRA = {"llama": {}, "qwen3": {}, "qwen3_moe": {}, "moe": {"moe_intermediate_size": 64}}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def make(model: Path, first: int = 0, stop: int | None = None, base: str = "int8
          target: tuple[str, ...] = ("q_proj", "o_proj", "out_proj", "up_proj", "down_proj")) -> Stage:
     kind = model.name
     target = tuple(name for name in target if kind == "moe" or name != "out_proj")
-    lora = LoraConfig(4, 8, target, experts=kind == "moe")
+    lora = LoraConfig(4, 8, target[:2] if kind == "qwen3_moe" else target, experts=kind.endswith("moe"))
     stage = build(model, base, lora, seed=0, device=CPU, recompute=recompute, first=first, stop=stop)
     for number, parameter in enumerate(stage.adapters().values()):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))

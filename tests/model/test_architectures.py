@@ -11,8 +11,12 @@ from model.build import expert_names, linear_names, skeleton, text_config
 from model.tiny.shapes import text_config as published
 
 ROOT = Path(__file__).parents[2]
-BUILT_IN = [json.loads(path.read_text()) for path in (ROOT / "configs/models").glob("*.json")]
-SHAPES = {"llama": published("llama", 1, 49_152)} | {shapes["model_type"]: shapes for shapes in BUILT_IN}
+BUILT_IN = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "configs/models").glob("*.json"))}
+PARAMETERS = {  # in billions, as published
+    "Qwen3-0.6B": 0.6, "Qwen3-1.7B": 1.7, "Qwen3-4B-Thinking-2507": 4.0, "Qwen3-8B": 8.2, "Qwen3-14B": 14.8, "Qwen3-32B": 32.8,
+    "Qwen3-30B-A3B": 30.5, "Qwen3-30B-A3B-Thinking-2507": 30.5, "Qwen3.5-35B-A3B": 34.7}
+SHAPES = {"llama": published("llama", 1, 49_152), "qwen3": BUILT_IN["Qwen3-4B-Thinking-2507"],
+          "qwen3_moe": BUILT_IN["Qwen3-30B-A3B"], "qwen3_5_moe_text": BUILT_IN["Qwen3.5-35B-A3B"]}
 
 
 @pytest.fixture
@@ -30,6 +34,17 @@ def test_the_table_names_the_linears_that_the_model_has(write, kind):
     assert {name.rpartition(".")[2] for name in linear_names(model)} == set(LINEARS[kind])
     assert len(LINEARS[kind]) == len(set(LINEARS[kind]))
     assert bool(expert_names(model)) == (kind in WITH_EXPERTS)
+
+
+def test_shapes_that_are_built_in_have_the_published_number_of_parameters(write):
+    counted = {name: sum(parameter.numel() for parameter in skeleton(write(shapes), "bf16").parameters())
+               for name, shapes in BUILT_IN.items()}
+    assert {name: round(count / 1e9, 1) for name, count in counted.items()} == PARAMETERS
+
+
+def test_a_model_with_dense_layers_between_experts_is_refused(write):
+    with pytest.raises(ValueError, match="mlp_only_layers or decoder_sparse_step makes some layers dense"):
+        read_config(write(SHAPES["qwen3_moe"] | {"mlp_only_layers": [3]}))
 
 
 @pytest.mark.parametrize("kind, changes, words", [

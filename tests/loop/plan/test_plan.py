@@ -116,7 +116,7 @@ def test_a_card_that_is_too_small_is_said_so_and_fit_finds_what_fits(capsys, mon
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["model.path=nowhere/at-all"], "shapes are built in: Qwen3-4B-Thinking-2507, Qwen3.5-35B-A3B"),
+    (["model.path=nowhere/at-all"], "shapes are built in: Qwen3-0.6B, Qwen3-1.7B, Qwen3-14B"),
     (["--split", "99"], "the model has 4 sublayers"),
     (["--split", "2", "--ranks", "3"], "--ranks 3: expected a multiple of 2"),
     (["--split", "here"], "pipeline.split is 'here', expected sublayer numbers"),
