@@ -61,6 +61,11 @@ def attention(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor
     return [o, *torch.autograd.grad(o, (q, k, v), random(*o.shape, dtype=dtype, device=device, seed=3))]
 
 
+def cpu_attention(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    with taking("compiled"):  # without which the path is not taken
+        return attention(s, dtype, device)
+
+
 def delta(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     channels = (2 * s.key_heads + s.value_heads) * s.delta_size
     qkv = random(1, s.tokens, channels, dtype=dtype, device=device).requires_grad_()
@@ -152,7 +157,7 @@ class FastPath:
 
 PATHS = {
     "attention": FastPath(attention, "one call of torch's attention for each row"),
-    "cpu_attention": FastPath(attention, "one call of torch's attention for each row"),
+    "cpu_attention": FastPath(cpu_attention, "one call of torch's attention for each row"),
     "delta_rule": FastPath(delta, "the rule in plain torch, faster than transformers' and slower than the kernel", 0.03, 0.01),
     "grouped_matmul": FastPath(routed_experts, "one matmul an expert"),
     "expert_kernel": FastPath(routed_experts, "one matmul an expert"),
@@ -172,7 +177,7 @@ def taken(config: Config, model: Any, device: torch.device) -> list[str]:
     example = torch.empty(8, 8, dtype=torch.bfloat16, device=device)
     used = {
         "attention": on_gpu and half,
-        "cpu_attention": not on_gpu and half,
+        "cpu_attention": not on_gpu and half and compiles(config, model, device),
         "delta_rule": on_gpu and s.value_heads > 0 and not delta_rule.why_no_kernel(generation),
         "grouped_matmul": on_gpu and half and s.experts > 0 and has_grouped_kernel(example, example[None]),
         "expert_kernel": (half and s.experts > 0 and not config.lora.experts

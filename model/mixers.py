@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.devices import OFF, on_gpu
+from model.devices import OFF, ON, on_gpu
 from model.ops.cpu_attention import CpuAttention
 
 # T tokens of the stream, R segments, H query heads, G key/value heads, E head size
@@ -48,10 +48,11 @@ class Segments:
 
 def stream_attention(q_1HTE: Tensor, k_1GTE: Tensor, v_1GTE: Tensor, scaling: float, segments: Segments) -> Tensor:
     """Causal attention within each segment: [1, T, H, E]. In half precision on a GPU one call of flash attention for the whole
-    stream (the fast path "attention"), on a CPU blocks of matmuls ("cpu_attention"); else one call for each segment."""
+    stream (the fast path "attention"), on a CPU blocks of matmuls with compiled
+    code between them ("cpu_attention"); else one call for each segment."""
     if q_1HTE.dtype != torch.float32 and on_gpu(q_1HTE) and "attention" not in OFF:
         return varlen_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments)
-    if q_1HTE.dtype == torch.bfloat16 and not on_gpu(q_1HTE) and "cpu_attention" not in OFF:
+    if q_1HTE.dtype == torch.bfloat16 and not on_gpu(q_1HTE) and "cpu_attention" not in OFF and "compiled" in ON:
         output_1THE: Tensor = CpuAttention.apply(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths)
         return output_1THE
     return plain_attention(q_1HTE, k_1GTE, v_1GTE, scaling, segments.lengths)

@@ -17,7 +17,7 @@ from model.ops.work import Work, declare, once
 # plain arguments are part of the compiled code; no length of the stream compiles anything again.
 
 LIBRARY = torch.library.Library("coach", "FRAGMENT")
-TYPICAL_T = 4096  # what code is made for; always the same, so that two runs have the same code whatever comes first
+TYPICAL_T, TYPICAL_S = 4096, 512  # what code is made for; always the same, so that two runs have the same code whatever comes first
 MOST_NUMBERS = 2**31 - 1  # that 32 bits index
 OPTIONS = {  # of inductor
     "compile_threads": 1,  # no processes beside this one, which ends by signals
@@ -37,8 +37,8 @@ class Compiled:
     torch.compile's own compiler, inductor.
     """
 
-    def __init__(self, plain: Callable[..., Any], category: str, launches: int, read_twice: int) -> None:
-        self.plain, self.name = plain, plain.__name__
+    def __init__(self, plain: Callable[..., Any], category: str, launches: int, read_twice: int, columns_vary: bool) -> None:
+        self.plain, self.name, self.columns_vary = plain, plain.__name__, columns_vary
         self.code: dict[Any, Callable[..., Any]] = {}  # by dtypes, sizes and plain values
         self.seconds = 0.0  # that compiling took, or reading what a former process had compiled
         LIBRARY.define(self.name + torch.library.infer_schema(plain, mutates_args=()))
@@ -58,13 +58,13 @@ class Compiled:
             if isinstance(x, Tensor):
                 x, strides = laid_out(x)
                 tensors.append(x)
-                key += [x.dtype, x.is_cuda, x.shape[x.dim() > 1:], strides]
+                key += [x.dtype, x.is_cuda, x.shape[x.dim() > 1:] if not self.columns_vary else x.shape[1] == 1, strides]
             else:
                 key.append(x)
         code = self.code.get(tuple(key))
         if code is None:
             began = time.perf_counter()
-            code = self.code[tuple(key)] = compile_for(self.plain, arguments, tensors)
+            code = self.code[tuple(key)] = compile_for(self.plain, arguments, tensors, self.columns_vary)
             self.seconds += time.perf_counter() - began
         return code(*tensors)
 
@@ -73,15 +73,16 @@ ALL: list[Compiled] = []
 
 
 def compiled(
-    category: str = "elementwise", launches: int = 1, read_twice: int = 0
+    category: str = "elementwise", launches: int = 1, read_twice: int = 0, columns_vary: bool = False
 ) -> Callable[[Callable[..., Any]], Compiled]:
     """Decorates a plain function whose first argument is a tensor and whose results share no memory with its arguments.
 
     What it declares to a plan: `category`, the kernels that inductor makes of it on a GPU, and how many of its first arguments
-    these read twice.
+    these read twice. Where `columns_vary` all tensors are whole matrices with the same number of columns, or one, and no number
+    of columns compiles anything again either.
     """
     def decorate(plain: Callable[..., Any]) -> Compiled:
-        ALL.append(Compiled(plain, category, launches, read_twice))
+        ALL.append(Compiled(plain, category, launches, read_twice, columns_vary))
         return ALL[-1]
     return decorate
 
@@ -101,7 +102,9 @@ def laid_out(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
     return x.contiguous(), None
 
 
-def compile_for(plain: Callable[..., Any], arguments: tuple[Any, ...], tensors: list[Tensor]) -> Callable[..., Any]:
+def compile_for(
+    plain: Callable[..., Any], arguments: tuple[Any, ...], tensors: list[Tensor], columns_vary: bool
+) -> Callable[..., Any]:
     """Code for arguments like these and any number of rows, which takes the tensors alone. Inductor keeps it for later
     processes (TORCHINDUCTOR_CACHE_DIR)."""
     import torch._inductor
@@ -111,12 +114,19 @@ def compile_for(plain: Callable[..., Any], arguments: tuple[Any, ...], tensors: 
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-    shapes, source = ShapeEnv(), ConstantSource("T")
-    symbol = shapes.create_symbol(TYPICAL_T, source, dynamic_dim=DimDynamic.DYNAMIC)
-    num_rows = shapes.create_symintnode(symbol, hint=TYPICAL_T, source=source)
+    shapes = ShapeEnv()
+
+    def varying(name: str, typical: int) -> Any:
+        source = ConstantSource(name)
+        symbol = shapes.create_symbol(typical, source, dynamic_dim=DimDynamic.DYNAMIC)
+        return shapes.create_symintnode(symbol, hint=typical, source=source)
+
+    num_rows, num_columns = varying("T", TYPICAL_T), varying("S", TYPICAL_S) if columns_vary else None
 
     def like(x: Tensor) -> Tensor:
         size = (num_rows, *x.shape[1:]) if x.dim() > 1 else x.shape
+        if num_columns is not None and x.shape[1] > 1:
+            size = (num_rows, num_columns)
         if x.is_contiguous():
             return torch.empty(size, dtype=x.dtype, device=x.device)
         return torch.empty_strided(size, x.stride(), dtype=x.dtype, device=x.device)

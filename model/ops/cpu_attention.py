@@ -1,5 +1,5 @@
 """Attention in half precision on a CPU, by matmuls over blocks of queries that fit a core's cache.
-Keeps q, k, v and the output for the backward pass, which computes the scores again; needs 8 MiB for the scores of one block."""
+Keeps q, k, v and the output for the backward pass, which computes the scores again; needs 6 MiB for the scores of one block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
+
+from model.ops.compiled import Compiled, compiled
 
 # T tokens of the stream, L of one segment, E head size, H query heads, G key/value heads, N of them in a block, R query heads
 # that share one of these; M queries of a block: some positions of R heads; S keys that a block sees
@@ -26,8 +28,8 @@ class CpuAttention(torch.autograd.Function):
         for q_GRLE, k_G1LE, v_G1LE, o_GRLE in by_segment(lengths, k_1GTE.shape[1], q_1HTE, k_1GTE, v_1GTE, o_1HTE):
             segment = Segment(q_GRLE, k_G1LE, v_G1LE, scaling, room)
             for block in segment.blocks():
-                _, weight_NMS = segment.weights(block)
-                block.put(o_GRLE, torch.bmm(segment.rounded(weight_NMS), block.seen(segment.v_GLE)))
+                scores_2NMS = segment.scores(block, block.rows(q_GRLE))
+                block.put(o_GRLE, torch.bmm(by_row(weights, *scores_2NMS)[0], block.seen(segment.v_GLE)))
         ctx.save_for_backward(q_1HTE, k_1GTE, v_1GTE, o_1HTE)
         ctx.scaling, ctx.lengths = scaling, lengths
         return o_1HTE.transpose(1, 2)
@@ -44,12 +46,12 @@ class CpuAttention(torch.autograd.Function):
             mean_GRL1 = o_GRLE.float().mul_(do_GRLE.float()).sum(3, keepdim=True).mul_(ctx.scaling)
             sums_2GLE = segment.k_GLE.new_zeros(2, *segment.k_GLE.shape, dtype=torch.float32)
             for block in segment.blocks():
-                q_NME, weight_NMS = segment.weights(block)
-                do_NME = block.rows(do_GRLE)
+                q_NME, do_NME = block.rows(q_GRLE), block.rows(do_GRLE)
                 dk_NSE, dv_NSE = (block.seen(x) for x in sums_2GLE)
-                dv_NSE += torch.bmm(segment.rounded(weight_NMS).transpose(1, 2), do_NME).float()
-                dscore_NMS = segment.product(do_NME, block.seen(segment.v_GLE), ctx.scaling)
-                dscore_NMS = segment.rounded(dscore_NMS.sub_(block.rows(mean_GRL1)).mul_(weight_NMS))
+                dweights_2NMS = segment.product(do_NME, block.seen(segment.v_GLE), room.half_4X[2:])
+                weight_NMS, dscore_NMS = by_row(
+                    weights_and_dscores, *segment.scores(block, q_NME), *dweights_2NMS, block.rows(mean_GRL1))
+                dv_NSE += torch.bmm(weight_NMS.transpose(1, 2), do_NME).float()
                 block.put(dq_GRLE, torch.bmm(dscore_NMS, block.seen(segment.k_GLE)))
                 dk_NSE += torch.bmm(dscore_NMS.transpose(1, 2), q_NME).float()
             dk_G1LE[:, 0], dv_G1LE[:, 0] = sums_2GLE
@@ -99,9 +101,8 @@ class Room:
         _, num_heads, length, _ = q_1HTE.shape
         num_scores = min(num_heads * min(MOST_ROWS, length) * length,
                          max(BLOCK_SCORES, num_heads // num_groups * LEAST_ROWS * length))
-        self.half = q_1HTE.new_empty(2, num_scores)
-        self.full = q_1HTE.new_empty(3, num_scores, dtype=torch.float32)
-        self.future = self.full.new_full((MOST_ROWS, MOST_ROWS), -torch.inf).triu_(1)
+        self.half_4X = q_1HTE.new_empty(4, num_scores)
+        self.future = torch.ones(MOST_ROWS, MOST_ROWS, dtype=torch.bool, device=q_1HTE.device).triu_(1)
 
 
 class Segment:
@@ -120,28 +121,42 @@ class Segment:
             for first in range(0, num_groups, num_heads):
                 yield Block(slice(first, min(first + num_heads, num_groups)), start, stop)
 
-    def weights(self, block: Block) -> tuple[Tensor, Tensor]:
-        """The block's queries, and how much of each value they take, [N, M, S] in float32, until the next call."""
-        q_NME = block.rows(self.q_GRLE)
-        score_NMS = self.product(q_NME, block.seen(self.k_GLE), self.scaling)
+    def scores(self, block: Block, q_NME: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's scaled scores as `product` gives them, those of later positions -inf."""
+        rounded_NMS, lost_NMS = self.product(q_NME, block.seen(self.k_GLE), self.room.half_4X[:2])
         num = block.stop - block.start
-        score_NMS.unflatten(1, (-1, num))[..., block.start :] += self.room.future[:num, :num]
-        return q_NME, torch.softmax(score_NMS, 2, out=within(self.room.full[1], score_NMS.shape))
+        rounded_NMS.unflatten(1, (-1, num))[..., block.start :].masked_fill_(self.room.future[:num, :num], -torch.inf)
+        return rounded_NMS, lost_NMS
 
-    def product(self, x_NME: Tensor, y_NSE: Tensor, factor: float) -> Tensor:
-        """factor * x y^T in float32, until the next call. Matmuls round to half precision at their end; a second one computes
-        what the first lost, and both together are still faster than one in float32."""
+    def product(self, x_NME: Tensor, y_NSE: Tensor, room_2X: Tensor) -> tuple[Tensor, Tensor]:
+        """scaling * x y^T as a sum of two parts in half precision, until `room_2X` is used again. Matmuls round at their end; the
+        second one computes what the first lost, and both together are still faster than one in float32."""
         shape = torch.Size((*x_NME.shape[:2], y_NSE.shape[1]))
-        rounded, lost = (within(x, shape) for x in self.room.half)
-        sum_NMS, lost_in_full = within(self.room.full[0], shape), within(self.room.full[2], shape)
-        rounded.baddbmm_(x_NME, y_NSE.transpose(1, 2), beta=0, alpha=factor)
-        torch.baddbmm(rounded, x_NME, y_NSE.transpose(1, 2), beta=-1, alpha=factor, out=lost)
-        return sum_NMS.copy_(rounded).add_(lost_in_full.copy_(lost))
-
-    def rounded(self, x_NMS: Tensor) -> Tensor:
-        """x in half precision, until the next call of this or `product`."""
-        return within(self.room.half[0], x_NMS.shape).copy_(x_NMS)
+        rounded, lost = (x_X[: shape.numel()].view(shape) for x_X in room_2X)
+        rounded.baddbmm_(x_NME, y_NSE.transpose(1, 2), beta=0, alpha=self.scaling)
+        torch.baddbmm(rounded, x_NME, y_NSE.transpose(1, 2), beta=-1, alpha=self.scaling, out=lost)
+        return rounded, lost
 
 
-def within(buffer: Tensor, shape: torch.Size) -> Tensor:
-    return buffer[: shape.numel()].view(shape)
+def by_row(function: Compiled, *parts_NMX: Tensor) -> list[Tensor]:
+    """The results of a function of rows, each [N, M, S]."""
+    rows = [part_NMX.flatten(0, 1) for part_NMX in parts_NMX]
+    plain = parts_NMX[0].shape[2] == 1  # a single key would be a case of its own
+    results = (function.plain if plain else function)(*rows)
+    return [result.view(parts_NMX[0].shape) for result in ([results] if isinstance(results, Tensor) else results)]
+
+
+@compiled("attention", columns_vary=True)
+def weights(rounded_MS: Tensor, lost_MS: Tensor) -> Tensor:
+    """How much of each value a query takes."""
+    return torch.softmax(rounded_MS.float() + lost_MS.float(), 1).to(rounded_MS.dtype)
+
+
+@compiled("attention", columns_vary=True)
+def weights_and_dscores(
+    rounded_MS: Tensor, lost_MS: Tensor, drounded_MS: Tensor, dlost_MS: Tensor, mean_M1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weights and the gradients of the scores, from those of the weights and the mean of each query's score gradients."""
+    weight_MS = torch.softmax(rounded_MS.float() + lost_MS.float(), 1)
+    dscore_MS = (drounded_MS.float() + dlost_MS.float() - mean_M1) * weight_MS
+    return weight_MS.to(rounded_MS.dtype), dscore_MS.to(rounded_MS.dtype)

@@ -88,7 +88,7 @@ def config_of(write_config, *overrides):
 def test_a_path_that_fails_is_off_for_the_run_and_named(write_config, tmp_path, tiny_llama, monkeypatch):
     config, said = config_of(write_config), []
     config.run_dir.mkdir(parents=True)
-    assert taken(config, text_config(tiny_llama), CPU) == ["cpu_attention", "nf4", "adamw8bit"]
+    assert taken(config, text_config(tiny_llama), CPU) == ["nf4", "adamw8bit"]
     prove(config, tiny_llama, Ranks(), said.append)
     assert not OFF and not said
     monkeypatch.setattr(bnb, "dequantize_4bit", scaled(bnb.dequantize_4bit, 1.01))
@@ -101,8 +101,8 @@ def test_a_path_that_fails_is_off_for_the_run_and_named(write_config, tmp_path, 
     with pytest.raises(ValueError, match="train.fast_paths is require, but nf4: its results"):
         prove(config_of(write_config, "train.fast_paths=require"), tiny_llama, Ranks(), said.append)
     prove(config_of(write_config, "train.fast_paths=off"), tiny_llama, Ranks(), said.append)
-    assert OFF == {"cpu_attention", "nf4", "adamw8bit"}
-    assert said[-1] == "fast paths are off (train.fast_paths): cpu_attention, nf4, adamw8bit"
+    assert OFF == {"nf4", "adamw8bit"}
+    assert said[-1] == "fast paths are off (train.fast_paths): nf4, adamw8bit"
 
 
 def test_a_kernel_that_ends_the_gpus_context_ends_the_run_with_a_word(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.devices import taking
 from model.mixers import plain_attention
 from model.ops import cpu_attention
 from model.ops.cpu_attention import CpuAttention
@@ -48,7 +49,7 @@ def test_scores_are_as_exact_as_in_float32():
     q, k, v = (torch.randn(1, 2, 64, 32).bfloat16() for _ in range(3))
     room = cpu_attention.Room(q, 2)
     segment = cpu_attention.Segment(*(x[0][:, None] for x in (q, k, v)), 0.3, room)
-    product = segment.product(q[0], k[0], 0.3)
+    product = sum(part.double() for part in segment.product(q[0], k[0], room.half_4X[:2]))
     exact = 0.3 * q[0].double() @ k[0].double().transpose(1, 2)
     assert relative(product, exact) < 1e-5 < 100e-5 < relative(exact.bfloat16(), exact)
 
@@ -65,3 +66,13 @@ def test_what_is_kept_and_what_is_needed_at_most():
         torch.autograd.grad(o, stream, do)
     for live in (forward, backward):
         assert live.peak < 10 * 2**20 + 8 * sum(x.nbytes for x in stream)
+
+
+def test_compiled_code_is_as_exact_and_serves_all_lengths():
+    for function in (cpu_attention.weights, cpu_attention.weights_and_dscores):
+        function.code.clear()
+    with taking("compiled"):
+        for lengths in ((300, 84), (17, 1, 200), (640,)):
+            _, ours, truth = both(lengths, (6, 2), 32)
+            assert max(relative(found, exact) for found, exact in zip(ours, truth, strict=True)) < 0.005
+    assert len(cpu_attention.weights.code) == len(cpu_attention.weights_and_dscores.code) == 1
