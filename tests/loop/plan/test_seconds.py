@@ -117,8 +117,8 @@ def test_measured_rates_are_there_for_all_that_a_step_does_and_survive_json(writ
     forecast = Forecast(Workload(config, model, "cpu", 1, 1, None, RowLengths(64, 64, 32, 0.5)), rates)
     layers = [operation for layer in forecast.pieces.layers(0, 8, 0) for operation in forecast.pieces.layer(layer)]
     used = {kind_of(operation) for operation in [*layers, *forecast.pieces.loss()]}
-    assert {"base matmul", "LoRA matmul", "attention matmul", "delta rule matmul", "experts matmul", "dequantize",
-            "elementwise", "loss matmul"} <= used and used - {"LoRA"} <= rates.by_kind.keys()
+    assert {"base matmul", "LoRA matmul", "attention forward", "attention backward", "delta rule matmul", "experts matmul",
+            "dequantize", "elementwise", "loss matmul"} <= used and used - {"LoRA"} <= rates.by_kind.keys()
     assert rates.waits and 0 < rates.call_s < 0.01 and all(rate > 0 for speeds in rates.by_kind.values() for rate in speeds)
     again = Rates(**json.loads(json.dumps(vars(rates))))
     assert [again.seconds(operation) for operation in layers] == [rates.seconds(operation) for operation in layers]

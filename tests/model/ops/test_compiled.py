@@ -11,6 +11,7 @@ from loop.paths import compare
 from model.devices import OFF, ON
 from model.ops import compiled as module
 from model.ops.compiled import ALL
+from model.ops.cpu_attention import weights, weights_and_dscores
 from model.ops.fused import SwiGlu, swiglu, swiglu_backward
 from model.ops.gates import delta_gates, delta_gates_backward, gated, gated_backward
 from model.ops.heads import norm_and_rotate, norm_and_rotate_backward, rotate_heads
@@ -42,7 +43,7 @@ def cases(dtype, length):
     wide = some(length, H, 2 * E)[..., :E]  # beside a gate
     tables = [some(length, E // 4).repeat(1, 2) for _ in range(2)]  # half of each head is rotated
     rates = [torch.rand(length, heads, 1) for heads in (H, G)]
-    weights, a, b = (some(E), some(E)), some(length, H), some(length, H)
+    head_weights, a, b = (some(E), some(E)), some(length, H), some(length, H)
     log_rate, bias = torch.rand(H).to(dtype), some(H)
     return [
         (norm, x, weight, 1e-6, False), (norm, x, weight, 1e-6, True), (add_norm, x, dx, weight, 1e-6, False),
@@ -50,11 +51,12 @@ def cases(dtype, length):
         (gated_norm, x, dx, weight, 1e-6), (gated_norm_backward, x, dx, rstd, weight, dy),
         (swiglu, x, dx), (swiglu_backward, dy, x, dx),
         (rotate_heads, q, k, *tables, False), (rotate_heads, dq, dk, *tables, True),
-        (norm_and_rotate, wide, k, *weights, *tables, 1e-6, False),
-        (norm_and_rotate_backward, dq, dk, wide, k, *rates, *tables, *weights, True),
+        (norm_and_rotate, wide, k, *head_weights, *tables, 1e-6, False),
+        (norm_and_rotate_backward, dq, dk, wide, k, *rates, *tables, *head_weights, True),
         (gated, x, some(length, 1), dx), (gated, wide, q, None),
         (gated_backward, dy, x, some(length, 1)), (gated_backward, dq, wide, q),
         (delta_gates, a, b, log_rate, bias), (delta_gates_backward, a.float(), b, b, a, log_rate, bias),
+        (weights, x, dy), (weights_and_dscores, x, dy, dx, x, rstd),
     ]
 
 
@@ -70,7 +72,7 @@ def test_every_compiled_function_is_compared_here():
     assert {function.name for function, *_ in cases(torch.float32, 3)} == {function.name for function in ALL}
 
 
-@pytest.mark.parametrize("dtype, number", [(dtype, i) for dtype in (torch.float32, torch.bfloat16) for i in range(19)])
+@pytest.mark.parametrize("dtype, number", [(dtype, i) for dtype in (torch.float32, torch.bfloat16) for i in range(21)])
 def test_compiled_equals_plain_at_every_length_with_the_same_code(dtype, number):
     function, *arguments = cases(dtype, 200)[number]
     function(*arguments)
