@@ -11,7 +11,6 @@ from loop.memory.counter import Counter, note
 from loop.pipeline.split import RowLengths, sublayer_costs
 from loop.plan.pieces import Layer, Pieces
 from model.build import build, skeleton, text_config
-from model.devices import without
 from model.mixers import Segments
 from model.ops import work
 from model.ops.work import Work, declare
@@ -96,8 +95,7 @@ def test_attention_is_causal_in_each_row(make_pieces):
     once = 2 * pairs * shape.hidden_size
     for device, card in (("cpu", None), ("cuda", 12)):
         pieces = make_pieces("llama", "model.base=bf16", device=device, card=card)
-        with without("cpu_attention"):  # which counts as the matmuls it is
-            attention = [operation for operation in pieces.layer(Layer(2, False)) if operation.purpose == "attention"]
+        attention = [operation for operation in pieces.layer(Layer(2, False)) if operation.purpose == "attention"]
         assert total(attention).flops == 7 * once  # 2 matmuls forward, 5 backward
         calls = [operation for operation in attention if operation.work.flops]
         assert len(calls) == (2 if card else 2 * len(LENGTHS)), "one call for all rows on a card, one for each on a CPU"
