@@ -16,14 +16,16 @@ TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "qwen3": ("q_proj", "v_pr
 
 def step(model_dir, base, draw):
     """Losses, and the gradients of all adapters, on weights that bf16 holds exactly."""
-    stage = build(model_dir, base, LoraConfig(4, 8, TARGETS[model_dir.name]), seed=0, device=torch.device("cpu"), recompute=True)
+    lora = LoraConfig(4, 8, TARGETS[model_dir.name])
+    stage = build(model_dir, base, lora, seed=0, device=torch.device("cpu"), recompute=True)
     generator = torch.Generator().manual_seed(draw)
     for _, parameter in sorted(stage.adapters().items()):
         parameter.data.normal_(std=0.05, generator=generator)
     for layer in stage.model.model.layers if model_dir.name == "qwen3_5_moe" else ():  # else rounding chooses other experts
         layer.mlp.gate.top_k = layer.mlp.gate.num_experts
     ids, predict = torch.randint(200, (1, sum(LENGTHS)), generator=generator), torch.arange(0, sum(LENGTHS), 2)
-    x = stage(ids, torch.cat([torch.arange(n) for n in LENGTHS]), Segments(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS))
+    segments = Segments(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS)
+    x = stage(ids, torch.cat([torch.arange(n) for n in LENGTHS]), segments)
     losses = stage.losses(x, predict, ids[0, predict])
     return [losses, *torch.autograd.grad(losses.mean(), list(stage.adapters().values()))]
 
