@@ -4,9 +4,8 @@ Writing takes 1 s and 300 KB for 2,000 allocations, 4 s and 2 MB for 100,000; re
 from __future__ import annotations
 
 import gc
-import json
+import re
 from dataclasses import asdict
-from html import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,21 @@ import torch
 from loop.memory.holders import explained
 from loop.memory.ledger import CATEGORIES, LASTING, Ledger
 from loop.memory.peak import Line, Origin, Peak, changes_of, grouped, origin, sum_bytes
+from loop.pages import document
 
 MAX_POINTS = 2000  # of the curve
 MAX_SHOWN = 8  # lines of the source at each point
 MAX_SURVIVORS = 50
 SMALL = 1e-3  # of the peak: lines of the source that hold less are shown as one a category
 PAGE = Path(__file__).with_suffix(".html")
+# of layers, each with what a module's name then has in it; the first that fits counts
+KINDS = {"norms": "norm", "attention": "self_attn|rotary_emb", "delta rule": "linear_attn", "feed-forward": "mlp",
+         "embedding and head": "embed_tokens|lm_head", "between the parts of layers": r"layers\.", "outside of layers": ""}
 
 
 def write_page(ledger: Ledger, path: Path, title: str) -> None:
     """Writes a page that needs no other file, for a ledger whose step has ended."""
-    data = json.dumps(page_data(ledger), separators=(",", ":")).replace("</", "<\\/")
-    page = PAGE.read_text(encoding="utf-8").replace("{{title}}", escape(title)).replace("{{report}}", data)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(document(f"Memory: {title}", PAGE.read_text(encoding="utf-8"), page_data(ledger)), encoding="utf-8")
 
 
 def write_snapshot(path: Path) -> bool:
@@ -49,7 +50,9 @@ def page_data(ledger: Ledger) -> dict[str, Any]:
         points: events of the curve, at most MAX_POINTS, the highest of each stretch of the step; by category what was
             held at each, and the largest groups as [number, bytes].
         groups: [category, module, line].
+        small: the size below which a line or a category is not shown.
         at_peak: lines that add up to the peak.
+        kinds: the same by kind of layer, the largest first: name, size, and bytes by category.
         survivors: lines of what the step made and did not free, without the LASTING categories.
     """
     end = ledger.clock
@@ -64,8 +67,8 @@ def page_data(ledger: Ledger) -> dict[str, Any]:
                  "line": peak.line, "held": peak.held},
         "phases": [{"name": phase.name, "microbatch": phase.microbatch, "start": phase.started, "stop": stop}
                    for phase, stop in zip(ledger.phases, stops) if phase.name and stop > phase.started],
-        "points": curve(changes, groups, begin), "groups": groups,
-        "at_peak": [asdict(line) for line in lines_at_peak(peak.largest, small)],
+        "points": curve(changes, groups, begin), "groups": groups, "small": small,
+        "at_peak": [asdict(line) for line in lines_at_peak(peak.largest, small)], "kinds": by_kind(peak.largest),
         "survivors": [asdict(line) for line in survivors(ledger)],
     }
 
@@ -128,6 +131,19 @@ def lines_at_peak(largest: list[Line], small: float) -> list[Line]:
 
 def as_one(lines: list[Line], category: str) -> list[Line]:
     return [Line(sum_bytes(lines), sum(line.count for line in lines), category, "", "smaller ones")] if lines else []
+
+
+def by_kind(lines: list[Line]) -> list[dict[str, Any]]:
+    """The lines' bytes by kind of layer. Optimizer states belong to no module, and count as outside of layers."""
+    has_experts = any(".mlp.experts" in line.module for line in lines)  # then each layer has, and its mlp is what routes to them
+    kinds: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        name = next(name for name, pattern in KINDS.items() if re.search(pattern, line.module))
+        name = "experts" if has_experts and name == "feed-forward" else name
+        kind = kinds.setdefault(name, {"name": name, "num_bytes": 0, "held": dict.fromkeys(CATEGORIES, 0)})
+        kind["num_bytes"] += line.num_bytes
+        kind["held"][line.category] += line.num_bytes
+    return sorted(kinds.values(), key=lambda kind: -kind["num_bytes"])
 
 
 def survivors(ledger: Ledger) -> list[Line]:

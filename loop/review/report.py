@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Iterable
 
 from data.files import write_text
+from loop.pages import document
 from loop.review.pairs import Pair, Review
 from loop.review.verdict import CALLED, as_lines
 from loop.review.votes import Vote, Votes
 
 REPORT = "report.html"
 CSS = Path(__file__).parent / "page" / "page.css"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(review: Review, votes: Votes, verdict: dict[str, Any]) -> Path:
@@ -30,6 +30,7 @@ def write_report(review: Review, votes: Votes, verdict: dict[str, Any]) -> Path:
             for system, one in verdict["tags"].items() if any(one.values())]
     decided, *reasons = as_lines(verdict)
     parts = [
+        f"<style>\n{CSS.read_text(encoding='utf-8')}</style>",
         f"<h1>{escape(title)}</h1><p>{escape(verdict['reviewer'])}, {escape(verdict['date'])}</p>",
         f'<p class="decided">{escape(decided)}</p>', items(reasons),
         table("Systems", ["", "is"], [[CALLED[system], name] for system, name in verdict["systems"].items()]),
@@ -44,10 +45,7 @@ def write_report(review: Review, votes: Votes, verdict: dict[str, Any]) -> Path:
         "<h2>Positions</h2>", *(position(review, pair, standing.get(pair.id)) for pair in review.pairs.values()),
         table("Made from", ["what", "SHA-256"], [list(item) for item in verdict["seal"].items()]),
     ]
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-            f'content="{POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}'
-            f"</title><style>{CSS.read_text()}</style></head><body>" + "\n".join(parts) + "</body></html>\n")
-    write_text(review.directory / REPORT, page)
+    write_text(review.directory / REPORT, document(title, "\n".join(parts)))
     return review.directory / REPORT
 
 

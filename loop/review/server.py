@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loop.pages import SCRIPT, STYLE
 from loop.review.pairs import SHOWN, Pair, Review
 from loop.review.votes import TAGS, Refused, Vote, Votes
 
@@ -97,10 +98,10 @@ def application(
     """
     pairs = review.pairs
 
-    def file(name: str, kind: str) -> Route:
+    def file(path: Path, kind: str) -> Route:
         async def answer(request: Request) -> Response:
-            return Response((PAGE / name).read_bytes(), media_type=kind)
-        return Route("/" if name == "page.html" else f"/{name}", answer)
+            return Response(path.read_bytes(), media_type=kind)
+        return Route("/" if path.suffix == ".html" else f"/{path.name}", answer)
 
     async def listed(request: Request) -> Response:
         standing = votes.standing
@@ -140,7 +141,8 @@ def application(
     async def on_full_disk(request: Request, error: Exception) -> Response:
         return refused(f"not saved: {getattr(error, 'strerror', None) or error}", 507)
 
-    routes = [file("page.html", "text/html"), file("page.css", "text/css"), file("page.js", "text/javascript"),
+    routes = [file(PAGE / "page.html", "text/html"), *(file(style, "text/css") for style in (STYLE, PAGE / "page.css")),
+              *(file(script, "text/javascript") for script in (SCRIPT, PAGE / "page.js")),
               Route("/pairs", listed), Route("/pair/{id}", pair), Route("/board/{id}", board),
               Route("/vote", vote, methods=["POST"]), Route("/undo", undo, methods=["POST"]),
               Route("/verdict", verdict, methods=["POST"])]

@@ -1,15 +1,8 @@
 // The reviewer's page. What a model wrote is only ever set as text: nothing here reads HTML.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 let pairs = [], last = null, tags = [], enough = 0;  // what the server says of the whole review
 let pair = null, draft = null, current = 0, saving = false;  // the position on the page, and the vote that is being made
-
-function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);  // strings become text
-  return node;
-}
 
 function say(text, problem = false) {
   $("status").textContent = text;
@@ -89,7 +82,7 @@ function card({letter, parts}) {
     make("ul", {}, ...pair.told[letter].flags.map((flag) => make("li", {dir: "auto"}, flag))),
     pair.told[letter].flags.length ? "" : "The automatic checks find nothing wrong.")] : [];
   const node = make("article", {}, make("div", {className: "head"}, choose, make("span", {className: "place"})), text,
-    make("div", {className: "row tags"}, ...chips), ...told);
+    make("div", {className: "row small tags"}, ...chips), ...told);
   node.dataset.letter = letter;
   return node;
 }

@@ -1,7 +1,6 @@
 """The review's page in a real browser, by keyboard: Debian's Chromium without a screen. Skipped where it is missing."""
 
 import os
-import shutil
 import signal
 import time
 
@@ -10,21 +9,9 @@ import pytest
 from loop.config import ReviewConfig
 from tests.loop.review.made import PAYLOADS, Served, write_made
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not here (Debian: chromium)")]
+pytestmark = pytest.mark.slow
 WAIT_MS = 120_000
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-default-apps"]
 RULES = ReviewConfig(least_votes=2)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not here")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=WAIT_MS)
-        yield opened
-        opened.close()
 
 
 class Tab:

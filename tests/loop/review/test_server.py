@@ -63,7 +63,8 @@ def test_which_names_are_the_servers_own(hosts, host, ours):
 def test_every_answer_carries_the_policy(served):
     served.log_in()
     pair = served.json("pairs")["pairs"][0]["id"]
-    for path in ("", "page.css", "page.js", "pairs", f"pair/{pair}", f"board/{pair}", "pair/none", "nothing", "../secret"):
+    for path in ("", "style.css", "page.css", "make.js", "page.js", "pairs", f"pair/{pair}", f"board/{pair}", "pair/none",
+                 "nothing", "../secret"):
         _, headers, _ = served.ask(path)
         policy = headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ") and "unsafe" not in policy
@@ -76,8 +77,8 @@ def test_nothing_before_the_vote_names_a_system_or_the_run(served):
     listed = served.json("pairs")["pairs"]
     pair = listed[0]["id"]
     answers = [(200, head, served.ask("")[2])]
-    answers += [served.ask(path) for path in ("page.css", "page.js", "pairs", f"pair/{pair}", f"board/{pair}",
-                                              f"board/{pair}?show=e5", f"board/{pair}?show=g1f3")]
+    answers += [served.ask(path) for path in ("style.css", "page.css", "make.js", "page.js", "pairs", f"pair/{pair}",
+                                              f"board/{pair}", f"board/{pair}?show=e5", f"board/{pair}?show=g1f3")]
     answers.append(served.ask("undo", {"pair": pair}))
     answers.append(served.ask("vote", vote_of(pair, best="Z")))
     for _, headers, body in answers:
