@@ -135,7 +135,7 @@ def as_one(lines: list[Line], category: str) -> list[Line]:
 
 def by_kind(lines: list[Line]) -> list[dict[str, Any]]:
     """The lines' bytes by kind of layer. Optimizer states belong to no module, and count as outside of layers."""
-    has_experts = any(".mlp.experts" in line.module for line in lines)  # then each layer has, and its mlp is what routes to them
+    has_experts = any(".mlp.experts" in line.module for line in lines)  # then every layer has some, in its mlp
     kinds: dict[str, dict[str, Any]] = {}
     for line in lines:
         name = next(name for name, pattern in KINDS.items() if re.search(pattern, line.module))

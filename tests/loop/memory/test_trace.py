@@ -254,3 +254,74 @@ def test_the_traced_step_counts_as_any_other_and_a_full_disk_does_not_end_traini
 def test_a_step_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="train.memory_trace is 0, expected 1 to 10,000,000, or null"):
         TrainConfig(epochs=1, rows_per_step=1, microbatch_tokens=128, learning_rate=1e-3, memory_trace=0)
+
+
+# The page in a browser
+
+MODULES = {
+    "model.layers.1.self_attn.q_norm": "norms", "model.rotary_emb": "attention", "model.layers.0.self_attn.q_proj": "attention",
+    "model.layers.0.linear_attn.conv1d": "delta rule", "model.layers.3.mlp": "feed-forward",
+    "model.embed_tokens": "embedding and head", "lm_head": "embedding and head",
+    "model.layers.7": "between the parts of layers", "model": "outside of layers", "": "outside of layers",
+}
+
+
+def small_ledger(leaked_bytes=0, modules=tuple(MODULES)):
+    """A step of two phases, in which each module holds 1 MiB at the peak; a tensor of `leaked_bytes` is never freed."""
+    ledger, here = Ledger(), sys._getframe().f_code
+    ledger.begin("forward", 0)
+    for module in modules:
+        ledger.clock += 1
+        ledger.allocations.append(Allocation(KIB * KIB, ledger.clock, 1, module, ((here, 1),), "", "activations"))
+    if leaked_bytes:
+        ledger.clock += 1
+        ledger.allocations.append(Allocation(leaked_bytes, ledger.clock, 1, "<b>model</b>", ((here, 2),), "", "activations"))
+        ledger.live[0] = (lambda: None, ledger.allocations[-1])
+    ledger.begin("backward", 0)
+    for a in ledger.allocations[: len(modules)]:
+        ledger.clock += 1
+        a.died = ledger.clock
+    ledger.begin("update")
+    ledger.clock += 1
+    ledger.allocations.append(Allocation(8, ledger.clock, 3, "", ((here, 3),), "", "communication", ledger.clock + 1))
+    ledger.clock += 1
+    return ledger
+
+
+def test_subtotals_by_kind_of_layer_add_up_to_the_peak():
+    report = trace.page_data(small_ledger())
+    found = {kind["name"]: kind["num_bytes"] for kind in report["kinds"]}
+    assert found == {kind: KIB * KIB * list(MODULES.values()).count(kind) for kind in MODULES.values()}
+    assert sum(found.values()) == report["peak"]["bytes"] == sum(sum(kind["held"].values()) for kind in report["kinds"])
+    mlp = "model.layers.0.mlp"
+    report = trace.page_data(small_ledger(modules=(f"{mlp}.experts", f"{mlp}.gate", mlp)))
+    assert [(kind["name"], kind["num_bytes"]) for kind in report["kinds"]] == [("experts", 3 * KIB * KIB)]
+
+
+@pytest.mark.slow
+def test_the_page_begins_with_what_is_left_and_shows_moments_by_keyboard(open_file, tmp_path):
+    trace.write_page(small_ledger(leaked_bytes=512 * KIB), tmp_path / "page.html", "a & b")
+    page = open_file(tmp_path / "page.html", width=420)
+    assert page.inner_text("h1") == "Memory: a & b"
+    assert page.locator("h2").first.inner_text() == "Made in this step and still held after it"
+    assert "512 KiB" in page.inner_text("#survivors") and "<b>model</b>" in page.inner_text("#survivors"), "as text"
+    assert page.locator("#legend button").all_inner_texts() == ["activations 10.5 MiB"], "8 bytes of another are not to be seen"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    assert "2.00 MiB" in page.locator("#kinds tr", has_text="attention").inner_text()
+    assert page.is_hidden("#tip")
+    page.focus("#plot")
+    page.keyboard.press("ArrowLeft")
+    assert "10.0 MiB, forward of microbatch 0" in page.inner_text("#tip"), "the moment before the peak"
+    page.keyboard.press("ArrowRight")
+    assert "10.5 MiB, forward of microbatch 0" in page.inner_text("#tip")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#tip")
+    page.click("#legend button")
+    assert page.get_attribute("#legend button", "aria-pressed") == "false" and page.locator("#plot path").count() == 7
+
+
+@pytest.mark.slow
+def test_a_page_of_a_step_that_leaves_nothing_says_so(open_file, tmp_path):
+    trace.write_page(small_ledger(), tmp_path / "page.html", "a")
+    page = open_file(tmp_path / "page.html", scheme="dark")
+    assert page.is_hidden("#left") and "None that was made in this step was still held" in page.inner_text("#summary")
