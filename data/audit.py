@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from html import escape
 from itertools import groupby
 from typing import Any, Iterator
 
 import numpy as np
 
+from data.batches import Batches
+from data.limits import bounded_lines
+from data.records import open_rows
 from data.tokenized import TokenizedRows
 
 PERCENTILES = (5, 50, 95, 100)
+MAX_BARS = 40  # of a histogram
+MAX_STEPS = 500  # that are packed to see how full microbatches are: an epoch's rows are shuffled, so its first steps tell
+MAX_TEXT = 1000  # characters that are shown of a row that cannot be trained on
 SUPERVISED, CONTEXT, RESET = "\033[1;32m", "\033[2m", "\033[0m"
 
 
 def audit(splits: dict[str, TokenizedRows], stop_id: int) -> dict[str, Any]:
-    """Counts per source over all splits, each split's own, and the rows that cannot be trained on, by split:
-    `{"sources": {...}, "splits": {NAME: {...}}, "problems": {NAME: [...]}}`."""
+    """What `splits` hold, for machines.
+
+    Returns:
+        sources: counts per source over all splits; splits: each split's own.
+        lengths: of each split, as `histogram`.
+        problems: of each split, the rows that cannot be trained on, with the beginning of their text.
+    """
     by_split = {name: audit_split(rows, stop_id) for name, rows in splits.items()}
-    problems = {name: [asdict(problem) for problem in rows.problems] for name, rows in splits.items()}
     together: dict[str, Any] = {}
     for sources in by_split.values():
         for source, counts in sources.items():
             together[source] = add(together[source], counts) if source in together else counts
-    return {"sources": {name: without_percentiles(c) for name, c in together.items()}, "splits": by_split, "problems": problems}
+    return {"sources": {name: without_percentiles(c) for name, c in together.items()}, "splits": by_split,
+            "lengths": {name: histogram(rows.lengths_E.numpy()) for name, rows in splits.items()},
+            "problems": {name: untrainable(rows) for name, rows in splits.items()}}
 
 
 def audit_split(rows: TokenizedRows, stop_id: int) -> dict[str, Any]:
@@ -58,6 +69,47 @@ def examples_with_all_stops(rows: TokenizedRows, stop_id: int) -> np.ndarray:
 
 def percentiles(values: np.ndarray) -> dict[str, int]:
     return {f"p{p}": int(np.percentile(values, p)) for p in PERCENTILES}
+
+
+def histogram(lengths_E: np.ndarray) -> dict[str, Any]:
+    """Bar i counts the examples of at least `width` * i and less than `width` * (i + 1) tokens; at most MAX_BARS bars."""
+    widths = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
+    width = next(width for width in widths if lengths_E.max() < width * MAX_BARS)
+    return {"width": width, "examples": np.bincount(lengths_E // width).tolist()}
+
+
+def untrainable(rows: TokenizedRows) -> list[dict[str, Any]]:
+    """The rows of a split that cannot be trained on: what is said of them, and the beginning of their lines."""
+    wanted = {problem.line for problem in rows.problems}
+    texts = {}
+    if wanted:
+        with open_rows(rows.path) as file:
+            for line, (raw, _) in enumerate(bounded_lines(file), start=1):
+                if line in wanted:
+                    texts[line] = raw[: 4 * MAX_TEXT].decode(errors="replace").rstrip("\n")[:MAX_TEXT]
+    return [asdict(problem) | {"text": texts.get(problem.line, "")} for problem in sorted(rows.problems, key=lambda problem: problem.line)]
+
+
+def fullness(rows: TokenizedRows, rows_per_step: int, microbatch_tokens: int, seed: int) -> dict[str, Any]:
+    """How full the microbatches of the first epoch are, on one device; of its first MAX_STEPS steps, if it has more.
+
+    Returns:
+        steps: how many were packed; steps_per_epoch: how many there are.
+        microbatches_per_step: mean, least and most.
+        tokens_share: of all positions of all microbatches, those that hold a token; the rest is padding.
+
+    Raises:
+        ValueError: a row is longer than a microbatch.
+    """
+    batches = Batches(rows, rows_per_step, microbatch_tokens)
+    numbers, num_tokens, num_positions = [], 0, 0
+    for step in range(1, min(batches.steps_per_epoch, MAX_STEPS) + 1):
+        examples, packing = batches.packing(batches.rows_of(step, seed))
+        numbers.append(len(packing.microbatches[0]))
+        num_tokens += sum(batches.lengths[e] for e in examples)
+        num_positions += packing.length * numbers[-1]
+    return {"steps": len(numbers), "steps_per_epoch": batches.steps_per_epoch, "tokens_share": num_tokens / num_positions,
+            "microbatches_per_step": {"mean": sum(numbers) / len(numbers), "least": min(numbers), "most": max(numbers)}}
 
 
 def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -117,24 +169,3 @@ def coloured(rows: TokenizedRows, index: int, tokenizer: Any) -> str:
     return head + "\n" + "".join(
         f"{SUPERVISED if flag else CONTEXT}{text}{RESET}" for flag, text in runs(rows, index, tokenizer)
     )
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>What will be trained on</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}}
-pre{{white-space:pre-wrap;overflow-wrap:anywhere}} pre.row{{background:#f6f6f4;color:#777;padding:1em;border-radius:6px}}
-mark{{background:#c9f2cf;color:#0a4d18;border-radius:3px}} h2{{font-size:1rem;margin-top:2em}}</style>
-<h1>What will be trained on</h1><pre>{table}</pre><p><mark>Marked text</mark> is supervised, the rest is context.</p>
-{rows}</html>
-"""
-
-
-def html_page(report: dict[str, Any], shown: list[tuple[TokenizedRows, int]], tokenizer: Any) -> str:
-    """The audit and the shown examples as one self-contained HTML page."""
-    blocks = []
-    for rows, index in shown:
-        text = "".join(
-            f"<mark>{escape(text)}</mark>" if flag else escape(text) for flag, text in runs(rows, index, tokenizer)
-        )
-        title = f"{rows.path}:{int(rows.lines_E[index])}, {int(rows.lengths_E[index]):,} tokens"
-        blocks.append(f'<h2>{escape(title)}</h2><pre class="row">{text}</pre>')
-    return PAGE.format(table=escape(table(report)), rows="\n".join(blocks))

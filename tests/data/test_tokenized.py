@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.audit import audit, coloured, html_page, table
+from data.audit import audit, coloured, table
 from data.chat import ChatFormat
 from data.config import DataConfig
 from data.records import Dropped, Row, read_rows
@@ -133,8 +133,6 @@ def test_the_audit_shows_what_is_supervised(tokenizer, write_rows, make_row):
     assert report["sources"]["textbook"]["supervised_tokens"] == 2 * (len("answer") + 1 + len("other") + 1)
     assert "every answer's stop token is supervised" in table(report)
     assert "\033[1;32manswer<|im_end|>\033[0m" in coloured(rows, 0, tokenizer)
-    page = html_page(report, [(rows, 0)], tokenizer)
-    assert "<mark>answer&lt;|im_end|&gt;</mark>" in page and "&lt;b&gt;&amp;" in page
 
 
 def test_a_tokenizer_that_pads_or_truncates_does_neither_here(tokenizer, write_rows, make_row):
