@@ -80,14 +80,14 @@ def histogram(lengths_E: np.ndarray) -> dict[str, Any]:
 
 def untrainable(rows: TokenizedRows) -> list[dict[str, Any]]:
     """The rows of a split that cannot be trained on: what is said of them, and the beginning of their lines."""
-    wanted = {problem.line for problem in rows.problems}
-    texts = {}
+    problems = sorted(rows.problems, key=lambda problem: problem.line)
+    wanted, texts = {problem.line for problem in problems}, {}
     if wanted:
         with open_rows(rows.path) as file:
             for line, (raw, _) in enumerate(bounded_lines(file), start=1):
                 if line in wanted:
                     texts[line] = raw[: 4 * MAX_TEXT].decode(errors="replace").rstrip("\n")[:MAX_TEXT]
-    return [asdict(problem) | {"text": texts.get(problem.line, "")} for problem in sorted(rows.problems, key=lambda problem: problem.line)]
+    return [asdict(problem) | {"text": texts.get(problem.line, "")} for problem in problems]
 
 
 def fullness(rows: TokenizedRows, rows_per_step: int, microbatch_tokens: int, seed: int) -> dict[str, Any]:

@@ -100,8 +100,8 @@ def in_words(filled: dict[str, Any]) -> str:
     numbers, steps = filled["microbatches_per_step"], f"an epoch's {filled['steps_per_epoch']:,} steps"
     if filled["steps"] < filled["steps_per_epoch"]:
         steps = f"the first {filled['steps']:,} of {steps}"
-    return (f"{filled['tokens_share']:.1%} of the positions in microbatches hold tokens, the rest is padding; {numbers['mean']:.3g} "
-            f"microbatches a step on one device ({numbers['least']:,} to {numbers['most']:,}), over {steps}")
+    return (f"{filled['tokens_share']:.1%} of the positions in microbatches hold tokens, the rest is padding; on one device "
+            f"{numbers['mean']:.3g} microbatches a step ({numbers['least']:,} to {numbers['most']:,}), over {steps}")
 
 
 def page(config: Config, report: dict[str, Any], splits: dict[str, TokenizedRows], shown: list[int], tokenizer: Any) -> str:
