@@ -114,7 +114,8 @@ def test_a_dequantized_weight_saved_for_the_backward_pass_is_named(traced):
         assert row["category"] == "activations" and f"{place} forward" in row["line"]
     found = {row["module"].rpartition(".")[2]: (row["count"], row["num_bytes"] / row["count"] / 2) for row in kept}
     # in bf16 that of q, the first of three in one product, in both layers, and of down where the backward pass has not yet been
-    assert found == {"self_attn": (2, 64 * 64), "down_proj": (1, 64 * 128)}
+    is_in_backward = report["peak"]["moment"].startswith("backward")
+    assert found == {"self_attn": (2, 64 * 64), "down_proj": (1 if is_in_backward else 2, 64 * 128)}
 
 
 # Parts
