@@ -47,7 +47,7 @@ def main() -> None:
     prove(config, model_dir, ranks, log.say, total_tokens(config, batches))  # that what runs fast here computes right
     ranks.split, costs = choose_split(config, model_dir, batches.rows, num_stages)
     log.say(table(costs, ranks.split, ranks.device.type, ranks.num_replicas))
-    plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
+    plan = Plan(config, ranks, log.planned, earlier.done)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):
         state = load_state(config, model_dir, earlier, chat, ranks, memory, log.say)

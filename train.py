@@ -38,7 +38,7 @@ def main() -> None:
     if earlier.is_finished:
         return leave(config, log, ranks)
     prove(config, model_dir, ranks, log.say, total_tokens(config, batches))  # that what runs fast here computes right
-    plan = Plan(config, ranks, log.planned)  # of memory, by a process beside this one
+    plan = Plan(config, ranks, log.planned, earlier.done)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):
         state = load_state(config, model_dir, earlier, chat, ranks, memory, log.say)

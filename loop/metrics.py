@@ -154,6 +154,8 @@ class RunLog:
                  f"{tensors}{max(peaks):.2f} GiB{fullest}")
         seconds_left = (time.monotonic() - self.began[0]) / max(batch.step - self.began[1], 1) * (total - batch.step)
         self.say(f"step {batch.step}/{total}  {shown}  {duration(seconds_left)} left", on_bar=True)
+        if news := memory.growth.news():
+            self.say(news)
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
             with suppress(OSError):  # the terminal was closed

@@ -18,6 +18,7 @@ import torch
 from loop.config import Config, to_yaml
 from loop.distributed.groups import Ranks
 from loop.errors import ROOT
+from loop.memory.growth import Growth
 from loop.memory.phases import GIB
 from model.devices import OFF, ON
 
@@ -69,15 +70,16 @@ class Plan:
     Args:
         config, ranks: of the run.
         arrived: takes the plan in a line and the peak of each rank in GiB, in a thread of its own.
+        done: steps of an earlier start, which are not planned, since this one does not measure them.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, arrived: Callable[[str, list[float]], None]) -> None:
+    def __init__(self, config: Config, ranks: Ranks, arrived: Callable[[str, list[float]], None], done: int = 0) -> None:
         self.arrived, self.records = arrived, list[Record]()  # by rank; empty while there is no plan
         self.time: Record | None = None
         self.process: subprocess.Popen[str] | None = None
         if config.train.plan and ranks.is_main:
             try:
-                self.process = start_process(config, ranks)
+                self.process = start_process(config, ranks, "--done", str(done))
             except OSError:  # no room for another process: the run goes on without a plan
                 return
             self.thread = threading.Thread(target=self.listen, args=(self.process,), name="plan", daemon=True)
@@ -92,15 +94,19 @@ class Plan:
     def of_rank(self, rank: int) -> Record | None:
         return self.records[rank] if self.records else None
 
-    def comparison(self, measured_gib: list[float], steps_s: Sequence[float] = ()) -> str:
-        """Planned and measured peaks and time in a line, for a run that has ended; waits up to WAIT_S seconds for the plan."""
+    def comparison(self, measured_gib: list[float], steps_s: Sequence[float] = (), growth: Growth | None = None) -> str:
+        """Planned and measured peaks and time in a line, for a run that has ended; waits up to WAIT_S seconds for the plan.
+
+        Args:
+            growth: what this rank's microbatches left behind, if they did.
+        """
         if self.process is not None:
             self.thread.join(WAIT_S)
             self.process.kill()
             self.thread.join()
         failed = self.process is not None and self.process.returncode > 0
         hint = "; `python -m loop.plan` with the same configuration shows why there is no plan" if failed else ""
-        return comparison(peaks(self.records), measured_gib) + time_comparison(self.time, steps_s) + hint
+        return comparison(peaks(self.records), measured_gib, growth) + time_comparison(self.time, steps_s) + hint
 
 
 def peaks(records: list[Record]) -> list[float]:
@@ -127,13 +133,15 @@ def time_comparison(time: Record | None, steps_s: Sequence[float]) -> str:
     return f"; a step: planned {time['step_s']:.3g} s, took {measured:.3g} s ({off})"
 
 
-def comparison(planned_gib: list[float], measured_gib: list[float]) -> str:
+def comparison(planned_gib: list[float], measured_gib: list[float], growth: Growth | None = None) -> str:
     if not planned_gib:
         return f"peak of tensors: not planned, measured {per_rank(measured_gib)} GiB"
     if not all(measured_gib):
         return f"planned peak of tensors: {per_rank(planned_gib)} GiB; no step was measured"
     off = ", ".join(f"{100 * (measured / planned - 1):+.1f} %" for planned, measured in zip(planned_gib, measured_gib))
-    return f"peak of tensors: planned {per_rank(planned_gib)} GiB, measured {per_rank(measured_gib)} GiB ({off})"
+    # the plan runs this very loop, on three microbatches where stages do not wait for each other
+    grows = f", both with the {growth.num_bytes / 2**20:,.1f} MiB that each microbatch leaves behind" if growth else ""
+    return f"peak of tensors: planned {per_rank(planned_gib)} GiB, measured {per_rank(measured_gib)} GiB ({off}{grows})"
 
 
 def per_rank(all_gib: list[float]) -> str:

@@ -209,6 +209,7 @@ class Earlier:
 
     settings: Course  # on rank 0
     newest: Path | None  # the checkpoint to continue from, on rank 0
+    done: int  # steps up to that checkpoint, on rank 0
     is_finished: bool  # the same on all ranks
 
 
@@ -229,7 +230,7 @@ def earlier_start(
     if is_finished:
         say(f"{config.run_dir} is finished already, {state['step']:,} of {total:,} steps. Train longer with train.epochs or "
             "train.max_steps, start anew with resume=never, or choose another run=NAME")
-    return Earlier(settings, newest, is_finished)
+    return Earlier(settings, newest, state["step"], is_finished)
 
 
 def load_state(
@@ -279,7 +280,7 @@ def headline(batches: Batches, state: State, ranks: Ranks) -> str:
 def finish(config: Config, plan: Plan, memory: Memory, log: RunLog, ranks: Ranks) -> None:
     """Prints planned and measured memory and time and the run's directory, then disconnects the ranks."""
     measured = measured_gib(memory.most_bytes, ranks)  # waits for all ranks, so that the last checkpoint is written
-    log.say(plan.comparison(measured, log.steps_s))
+    log.say(plan.comparison(measured, log.steps_s, memory.growth.found))
     leave(config, log, ranks)
 
 

@@ -85,6 +85,7 @@ class Ledger(TorchDispatchMode):
         self.last_sequence = -1
         self.pretended: Site | None = None
         self.forward_sites: dict[int, Site] = {}  # by sequence number of the node of autograd
+        self.piled_up: list[Any] = []  # lines of what each microbatch leaves behind, see growth.py
 
     # What is recorded
 

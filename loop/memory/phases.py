@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.batches import StepBatch
 from loop.distributed.groups import Ranks
+from loop.memory.growth import GrowthSearch
 from loop.memory.ledger import LASTING, Ledger
 from model.delta_rule import padded_positions
 
@@ -92,6 +93,7 @@ class Memory:
         self.largest: StepSize | None = None  # of the steps so far, by each key
         self.num_steps = 0
         self.is_asked = False  # whether `now` was called since the last step began
+        self.growth = GrowthSearch()  # from microbatch to microbatch
 
     def attach(
         self, model: nn.Module, adapters: Iterable[nn.Parameter] = (), optimizer: torch.optim.Optimizer | None = None
@@ -137,6 +139,9 @@ class Memory:
         if self.ledger is not None and self.phase in CREATED:
             self.ledger.tag(CREATED[self.phase], self.tensors(CREATED[self.phase]))
         self.enter(*outside)
+        is_last = self.batch is not None and microbatch == len(self.batch.microbatches) - 1
+        if not self.phase and (phase == "communicate" or phase == "loss" and is_last):
+            self.growth.look_for_holders()
 
     def enter(self, phase: str, microbatch: int | None) -> None:
         self.microbatch = microbatch
@@ -144,6 +149,8 @@ class Memory:
             return
         if self.phase in PHASES:
             self.seen[self.phase] = self.read()
+        if phase == "forward" and self.phase != "communicate" and self.device.type == "cuda":
+            self.growth.starts.append(self.read()[0])
         self.phase = phase
         if self.ledger is not None:
             self.ledger.begin(phase, microbatch)
@@ -185,14 +192,21 @@ class Memory:
         is_traced, on_cuda = batch.step == self.trace_step, self.device.type == "cuda"
         is_counted = not on_cuda and self.ledger is None and (self.may_be_largest(batch) or self.is_asked)
         self.is_asked = False
-        if self.ledger is not None or not (is_traced or is_counted):
+        with_sites = is_traced or self.growth.needs_lines
+        if self.ledger is not None:  # a rehearsal
             yield
-        else:
-            self.ledger = self.begin_ledger(batch, is_traced)
+        elif is_counted or with_sites:
+            self.ledger = self.begin_ledger(batch, with_sites, is_traced)
+            self.growth.begin(batch.step, self.ledger)
             with self.ledger:
                 yield
+            self.growth.end()
             self.most_bytes = max(self.most_bytes, 0 if on_cuda else self.ledger.peak)
             self.traced, self.ledger = self.ledger if is_traced else None, None
+        else:
+            self.growth.begin(batch.step, None)
+            yield
+            self.growth.end()
         if on_cuda:
             self.most_bytes = torch.cuda.max_memory_allocated(self.device)
         self.batch = None
@@ -204,21 +218,21 @@ class Memory:
         self.largest = StepSize(*map(max, size, before))
         return self.num_steps <= NUM_FIRST or self.largest != before
 
-    def begin_ledger(self, batch: StepBatch, is_traced: bool) -> Ledger:
+    def begin_ledger(self, batch: StepBatch, with_sites: bool, is_traced: bool) -> Ledger:
         """A ledger that holds what was made before the step. For a trace CUDA's allocator records the step as well."""
-        ledger = Ledger(CUDA_BLOCK if self.device.type == "cuda" else 1, with_sites=is_traced)
+        ledger = Ledger(CUDA_BLOCK if self.device.type == "cuda" else 1, with_sites)
         for category in LASTING:
             ledger.hold(category, self.tensors(category))
-        if is_traced:
+        if with_sites:
             ledger.watch(self.model)
             for name, module in self.model.named_modules():
                 for tensor in own_tensors(module):
                     ledger.allocation_of(tensor).module = name
-            given = [value for m in batch.microbatches for value in vars(m).values() if isinstance(value, Tensor)]
-            ledger.hold("working", given)
-            ledger.begin("")  # phase 0 ends: later allocations count as made in the step
-            if self.device.type == "cuda":
-                torch.cuda.memory._record_memory_history(max_entries=100_000)
+        given = [value for m in batch.microbatches for value in vars(m).values() if isinstance(value, Tensor)]
+        ledger.hold("working", given)
+        ledger.begin("")  # phase 0 ends: later allocations count as made in the step
+        if is_traced and self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
         return ledger
 
 

@@ -54,6 +54,7 @@ def page_data(ledger: Ledger) -> dict[str, Any]:
         at_peak: lines that add up to the peak.
         kinds: the same by kind of layer, the largest first: name, size, and bytes by category.
         survivors: lines of what the step made and did not free, without the LASTING categories.
+        piled_up: lines of what each microbatch left behind while the others were computed, with the bytes of one microbatch.
     """
     end = ledger.clock
     peak = Peak.of(ledger, 0, end)
@@ -70,6 +71,7 @@ def page_data(ledger: Ledger) -> dict[str, Any]:
         "points": curve(changes, groups, begin), "groups": groups, "small": small,
         "at_peak": [asdict(line) for line in lines_at_peak(peak.largest, small)], "kinds": by_kind(peak.largest),
         "survivors": [asdict(line) for line in survivors(ledger)],
+        "piled_up": [asdict(line) for line in ledger.piled_up],
     }
 
 

@@ -140,6 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--try", action="append", default=[], metavar="KEY=VALUE", dest="tries",
                         help="also plan with this setting changed; may be given several times")
     parser.add_argument("--rank", type=int, help="plan this rank alone")
+    parser.add_argument("--done", type=int, default=0, metavar="STEPS", help="plan what comes after these steps")
     parser.add_argument("--without", default="", metavar="PATHS", help="fast paths that the run does not take: delta_rule,nf4")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, a line each plan")
     parser.add_argument("--beside", type=int, metavar="PID",
@@ -168,9 +169,9 @@ def read_workload(args: argparse.Namespace, config: Config) -> Workload:
     lengths = RowLengths.of(rows) if rows else RowLengths(row_tokens, row_tokens, row_tokens / 2, args.supervised)
     if args.split == "none" or (args.split is None and "pipeline" not in OmegaConf.load(args.config)):
         visible = 1 if args.split else torch.cuda.device_count() or 2
-        return Workload(config, model, device, args.ranks or visible, 1, rows, lengths)
+        return Workload(config, model, device, args.ranks or visible, 1, rows, lengths, done=args.done)
     num_stages = config.pipeline.num_stages(otherwise=args.ranks or 2)
-    workload = Workload(config, model, device, args.ranks or num_stages, num_stages, rows, lengths)
+    workload = Workload(config, model, device, args.ranks or num_stages, num_stages, rows, lengths, done=args.done)
     costs = sublayer_costs(model, config, lengths)
     split = balance(costs, num_stages) if config.pipeline.split == "auto" else config.pipeline.split
     check_split(split, len(costs))

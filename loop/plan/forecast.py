@@ -21,15 +21,18 @@ from model.delta_rule import padded_positions
 MAX_STEPS_LOOKED_AT = 1000
 
 
-def largest_steps(config: Config, model: Path, place: Place, rows: TokenizedRows) -> list[StepBatch]:
-    """The steps that may take the most memory: the largest in each order of size that counts for this model and rank.
+def largest_steps(config: Config, model: Path, place: Place, rows: TokenizedRows, done: int = 0) -> list[StepBatch]:
+    """The steps after step `done` that may take the most memory: the largest in each order of size that counts for this model
+    and rank.
 
     Step 1 runs before there are optimizer states. Where step 1 is the largest, the second largest step comes along.
     """
     train = config.train
     batches = Batches(rows, train.rows_per_step, train.microbatch_tokens, place.replica, place.num_replicas)
-    total = min(train.total_steps(batches.steps_per_epoch), MAX_STEPS_LOOKED_AT)
-    sizes = {step: StepSize.of(lengths, supervised) for step, lengths, supervised in batches.shapes(0, total, train.seed)}
+    total = train.total_steps(batches.steps_per_epoch)
+    done = done if done < total else 0  # nothing but an evaluation is left
+    total = min(total, done + MAX_STEPS_LOOKED_AT)
+    sizes = {step: StepSize.of(lengths, supervised) for step, lengths, supervised in batches.shapes(done, total, train.seed)}
     orders = ["one_microbatch"]
     if place.num_stages > 1:  # on one device no microbatch waits for another
         orders.append("all_microbatches")

@@ -36,6 +36,7 @@ class Workload:
     lengths: RowLengths  # of these rows, or assumed
     split: tuple[int, ...] = ()  # as many cuts as make the stages, once they are chosen
     generation: int | None = None  # of the card, as in model/devices.py
+    done: int = 0  # steps that are over
 
     def __post_init__(self) -> None:
         rows = self.config.train.rows_per_step
@@ -59,7 +60,7 @@ class Workload:
         if self.rows is None:
             steps = [full_step(self.config, self.num_replicas, self.lengths)]
         else:
-            steps = largest_steps(self.config, self.model, place, self.rows)
+            steps = largest_steps(self.config, self.model, place, self.rows, self.done)
         steps = [trimmed(step, place) for step in steps]
         return rehearse(self.config, self.model, place, self.device, steps, worst_routing, card=self.generation)
 

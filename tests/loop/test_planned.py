@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from loop import planned
 from loop.config import load_config
 from loop.distributed.groups import Ranks
+from loop.memory.growth import Growth
 from loop.planned import Plan, comparison, sentence
 
 START = ("    losses = []\n    for number, microbatch in enumerate(batch.microbatches):\n"
@@ -86,6 +88,23 @@ def test_the_plan_is_the_planners_and_ends_with_its_run(write_config, run_train,
 
 
 @pytest.mark.slow
+def test_after_a_resume_the_steps_that_are_left_are_planned(write_config, run_train, capsys, monkeypatch, tmp_path):
+    """Step 8 is the largest. A start after it measures less, and so plans less."""
+    monkeypatch.setattr(planned, "WAIT_S", 240)  # for a busy machine
+    config = write_config(train__plan=True, checkpoint__every=2, checkpoint__keep=9, eval__every=100)
+    compared = []
+    for _ in range(2):
+        run_train(config)
+        said = capsys.readouterr().out
+        compared += re.findall(r"peak of tensors: planned (.*) GiB, measured (.*) GiB \((.*) %\)", said)
+        shutil.rmtree(tmp_path / "checkpoints/tiny/step-00000010")
+    whole, resumed = compared
+    assert "continuing from checkpoints/tiny/step-00000008" in said
+    assert float(resumed[1]) < 0.9 * float(whole[1]), "else this test shows nothing"
+    assert abs(float(whole[2])) < 1 and abs(float(resumed[2])) < 1
+
+
+@pytest.mark.slow
 def test_it_dies_with_the_process_that_started_it(write_config):
     code = ("import sys, time, torch\nfrom loop.planned import start_process\nfrom loop.config import load_config\n"
             "from loop.distributed.groups import Ranks\n"
@@ -135,5 +154,7 @@ def test_what_is_said():
     assert sentence(records) == ("planned peak of tensors: 0.5, 12.35 GiB; on rank 0 in the backward of microbatch 1: "
                                  "weights 0.30")
     assert comparison([0.5, 12.0], [0.51, 12.0]).endswith("planned 0.5, 12.00 GiB, measured 0.51, 12.00 GiB (+2.0 %, +0.0 %)")
+    assert comparison([0.5], [0.5], Growth(1, 3 * 2**20)).endswith(
+        "(+0.0 %, both with the 3.0 MiB that each microbatch leaves behind)")
     assert comparison([0.5], [0.0]) == "planned peak of tensors: 0.5 GiB; no step was measured"
     assert torch.equal(torch.tensor(planned.measured_gib(2**30, Ranks())), torch.ones(1))
