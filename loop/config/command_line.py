@@ -111,8 +111,8 @@ def as_markdown() -> str:
     """All settings, as docs/settings.md."""
     lines = ["# Settings", "", "In a configuration file as sections (`configs/4b.yaml` is one), on a command line as "
              "`train.seed=7`. What has no default must be in the file.\nThis page is printed by "
-             "`python -m loop.config.command_line` from the dataclasses that hold the settings, and `--help` of a command says the "
-             "same."]
+             "`python -m loop.config.command_line` from the dataclasses that hold the settings, and `--help` of a command says "
+             "the same."]
     for name, purpose, settings in sections():
         lines += ["", f"## {name or 'The run'}", "", " ".join(purpose.split()), "",
                   "| setting | default | values | meaning |", "|---|---|---|---|"]

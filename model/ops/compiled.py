@@ -17,7 +17,7 @@ from model.ops.work import Work, declare, once
 # plain arguments are part of the compiled code; no length of the stream compiles anything again.
 
 LIBRARY = torch.library.Library("coach", "FRAGMENT")
-TYPICAL_T, TYPICAL_S = 4096, 512  # what code is made for; always the same, so that two runs have the same code whatever comes first
+TYPICAL_T, TYPICAL_S = 4096, 512  # what code is made for; always the same, so that two runs have the same code
 MOST_NUMBERS = 2**31 - 1  # that 32 bits index
 OPTIONS = {  # of inductor
     "compile_threads": 1,  # no processes beside this one, which ends by signals

@@ -129,8 +129,8 @@ class Segment:
         return rounded_NMS, lost_NMS
 
     def product(self, x_NME: Tensor, y_NSE: Tensor, room_2X: Tensor) -> tuple[Tensor, Tensor]:
-        """scaling * x y^T as a sum of two parts in half precision, until `room_2X` is used again. Matmuls round at their end; the
-        second one computes what the first lost, and both together are still faster than one in float32."""
+        """scaling * x y^T as a sum of two parts in half precision, until `room_2X` is used again. Matmuls round at their end;
+        the second one computes what the first lost, and both together are still faster than one in float32."""
         shape = torch.Size((*x_NME.shape[:2], y_NSE.shape[1]))
         rounded, lost = (x_X[: shape.numel()].view(shape) for x_X in room_2X)
         rounded.baddbmm_(x_NME, y_NSE.transpose(1, 2), beta=0, alpha=self.scaling)

@@ -1,4 +1,4 @@
-"""The patches of docs/debugging-memory.md, applied to a copy of the source: each run names the line that the page says it names."""
+"""The patches of docs/debugging-memory.md, applied to a copy of the source: each run names the line that the page says."""
 
 import re
 import subprocess
