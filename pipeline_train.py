@@ -23,7 +23,7 @@ from loop.memory.phases import Memory
 from loop.out_of_memory import reporting
 from loop.paths import prove
 from loop.pipeline.gpipe import passes
-from loop.pipeline.split import choose_split, table
+from loop.pipeline.split import choose_split, reason, table
 from loop.planned import Plan
 from loop.run import earlier_start, finish, headline, leave, load_batches, load_state, prepare_directory, start
 from loop.state import resume
@@ -47,6 +47,8 @@ def main() -> None:
     prove(config, model_dir, ranks, log.say, total_tokens(config, batches))  # that what runs fast here computes right
     ranks.split, costs = choose_split(config, model_dir, batches.rows, num_stages)
     log.say(table(costs, ranks.split, ranks.device.type, ranks.num_replicas))
+    if config.pipeline.split == "auto" and ranks.split:
+        log.say(reason(costs, ranks.split))
     plan = Plan(config, ranks, log.planned, earlier.done)  # of memory, by a process beside this one
     memory = Memory(ranks.device, trace_step=config.train.memory_trace)
     with reporting(config, batches, held_out, ranks, memory, plan):

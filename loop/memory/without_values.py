@@ -24,17 +24,18 @@ DELTA_RULE_LAUNCHES = 10
 
 
 @contextmanager
-def without_values(device_type: str, card: int | None = None) -> Iterator[None]:
+def without_values(device_type: str, card: int | None = None, mode: FakeTensorMode | None = None) -> Iterator[None]:
     """While the context lasts, new tensors have shapes and no values, and take the code path of `device_type`.
 
     Args:
         card: the generation of the card, as in model/devices.py; on such a card the kernels of the extra [gpu] are taken.
+        mode: of the tensors that are used again from an earlier context, else a new one.
     """
     nf4_tables()  # which are kept from their first use on, with values
     is_there = patch.object(delta_rule, "why_no_kernel", lambda generation: "") if card else nullcontext()
     # bitsandbytes keeps its 8-bit type for the next tensor that is quantized, here a type without values
     with (patch.dict(bnb.name2qmap), planning_for(device_type, card), is_there,
-          patch.object(delta_rule, "kernel", fake_kernel), FakeTensorMode(allow_non_fake_inputs=True)):
+          patch.object(delta_rule, "kernel", fake_kernel), mode or FakeTensorMode(allow_non_fake_inputs=True)):
         yield
 
 

@@ -78,6 +78,7 @@ def module_cost(module: nn.Module, model: Any, config: Config, rows: RowLengths)
     shape, lora = model.config, config.lora
     frozen = quantized = trained = 0
     simple = thorough = 0.0  # flops of one forward pass, of what takes two and three times as many with its backward pass
+    unread = 0.0  # flops of the layer's last product, which is not computed again: see `last_summand` in model/stages.py
     linears = {name: child for name, child in module.named_modules()
                if isinstance(child, nn.Linear) and not name.endswith(GATES)}
     for name, parameter in module.named_parameters():
@@ -85,7 +86,8 @@ def module_cost(module: nn.Module, model: Any, config: Config, rows: RowLengths)
         frozen += count
         if ".experts." in f".{name}":
             quantized += count
-            thorough += 2 * count * shape.num_experts_per_tok / shape.num_experts
+            in_experts = 2 * count * shape.num_experts_per_tok / shape.num_experts
+            thorough, unread = thorough + in_experts, unread + in_experts
             if lora.experts:
                 trained += lora.rank * parameter.shape[0] * sum(parameter.shape[1:])
         elif name.rpartition(".")[0] in linears:
@@ -97,7 +99,10 @@ def module_cost(module: nn.Module, model: Any, config: Config, rows: RowLengths)
     trained += in_linears
     thorough += 2 * in_linears + mixing_flops(module, shape, rows.context)
     num_bytes = quantized * WEIGHT_BYTES[config.model.base] + (frozen - quantized) * model.dtype.itemsize
-    recomputed = (simple + thorough) * config.train.recompute
+    if "down_proj" in linears:  # its adapter's first matrix is needed all the same
+        unread += 2 * linears["down_proj"].weight.numel()
+        unread += 2 * lora.rank * linears["down_proj"].out_features * (linears["down_proj"] in adapted)
+    recomputed = (simple + thorough - unread) * config.train.recompute
     return Cost(frozen + trained, num_bytes + trained * FLOAT32_BYTES, 2 * simple + 3 * thorough + recomputed, recomputed)
 
 
@@ -136,6 +141,25 @@ def balance(costs: Sequence[Cost], num_stages: int) -> list[int]:
         stops = range(stage, num - num_stages + stage + 1)
         best = {stop: min(extended(start, stop) for start in best if start < stop) for stop in stops}
     return best[num][2][1:]
+
+
+def reason(costs: Sequence[Cost], split: Sequence[int]) -> str:
+    """Why the automatic cuts lie where they do, in a line: what each stage computes and holds, and other cuts would."""
+    whole = sum(costs, Cost())
+
+    def shares(cuts: Sequence[int]) -> list[tuple[float, float]]:
+        stages = (sum(costs[start:stop], Cost()) for start, stop in zip([0, *cuts], [*cuts, len(costs)]))
+        return [(100 * stage.flops / whole.flops, 100 * stage.num_bytes / whole.num_bytes) for stage in stages]
+
+    def fullest(cuts: Sequence[int]) -> float:
+        return max(map(max, shares(cuts)))
+
+    each = ", ".join(f"stage {stage} {time:.1f} % and {held:.1f} %" for stage, (time, held) in enumerate(shares(split)))
+    moved = [[*split[:i], cut + by, *split[i + 1:]] for i, cut in enumerate(split) for by in (-1, 1)]
+    others = [fullest(cuts) for cuts in moved if all(a < b for a, b in zip([0, *cuts], [*cuts, len(costs)]))]
+    otherwise = f"; with a cut one sublayer away it would be at least {min(others):.1f} %" if others else ""
+    return (f"split auto, cut at {', '.join(map(str, split))}, balances time and memory (shares of the flops and of the "
+            f"weights' bytes): {each}; the largest share is {fullest(split):.1f} %{otherwise}")
 
 
 def table(costs: Sequence[Cost], split: Sequence[int], device: str, num_replicas: int) -> str:

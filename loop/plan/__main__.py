@@ -18,6 +18,7 @@ import signal
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from loop.distributed.preflight import check_split
 from loop.errors import run_command
 from loop.memory.ledger import CATEGORIES
 from loop.memory.phases import GIB
-from loop.pipeline.split import RowLengths, balance, sublayer_costs
-from loop.plan.search import search, table
+from loop.pipeline.split import RowLengths, balance, reason, sublayer_costs
+from loop.plan.search import Search, advice, start_command
 from loop.plan.seconds import Forecast, Shape
 from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, read_rows
 from loop.rates import CARDS, Rates, is_for_gpus, measure
@@ -41,6 +42,7 @@ from model.devices import OFF, ON
 
 CARD_GIB, DEFAULT = 32.0, "rtx5090"
 NUM_LINES = 8
+MUCH_LESS = 0.9  # of what one schedule holds: if another holds no more, the plan says so
 
 
 def main() -> None:
@@ -92,9 +94,17 @@ def is_number(text: str | None) -> bool:
 
 def fitted(workload: Workload, args: argparse.Namespace, card_gib: float, rates: Rates) -> str:
     """The settings that fit a card and take the least time."""
-    found = search(workload, card_gib, rates)
-    records = [{"settings": fit.settings, "peak_gib": fit.peak_gib, **fit.time.record()} for fit in found]
-    return json.dumps({"fit": records}) if args.json else table(found, card_gib, rates)
+    search = Search(workload, card_gib, rates)
+    try:
+        found, current = search.fastest(), search.fit(workload)
+        bought = search.bought(found[0])
+    finally:
+        search.progress.end()
+    if args.json:
+        records = [{"settings": " ".join(fit.overrides), "peak_gib": fit.peak_gib, **fit.time.record()}
+                   for fit in [*found, current]]
+        return json.dumps({"fit": records[:-1], "current": records[-1]})
+    return advice(search, found, current, bought, partial(start_command, args.config, args.overrides, workload))
 
 
 def planned(workload: Workload, args: argparse.Namespace, card_gib: float, rates: Rates | None) -> str:
@@ -111,7 +121,22 @@ def planned(workload: Workload, args: argparse.Namespace, card_gib: float, rates
     if args.json:
         return json.dumps({"ranks": [record(rank, rank % workload.num_stages, plans, card_gib) for rank in wanted],
                            "time": time and time.record()})
-    return report(workload, plans, card_gib, f"{time}\n(by the rates of {rates.name if rates else DEFAULT})" if time else "")
+    took = [f"{time}\n(by the rates of {rates.name if rates else DEFAULT})"] if time else []
+    return report(workload, plans, card_gib, "\n".join([*took, *less_held(workload, plans)]))
+
+
+def less_held(workload: Workload, plans: dict[int, RankPlan]) -> list[str]:
+    """What the stages would hold under 1F1B, in a line, where that is much less than they hold under GPipe."""
+    is_gpipe = workload.split and workload.config.pipeline.schedule == "gpipe"
+    if not is_gpipe or Shape.of(workload).num_microbatches <= workload.num_stages:
+        return []
+    other = workload.with_pipeline(schedule="1f1b")
+    peaks = [(plans[stage].peak.num_bytes, other.rank_plan(stage, worst_routing=False).peak.num_bytes) for stage in plans]
+    if max(less for _, less in peaks) > MUCH_LESS * max(held for held, _ in peaks):
+        return []
+    each = {f"{less / GIB:.1f} GiB" for _, less in peaks}
+    on = f"{each.pop()} on each" if len(each) == 1 else ", ".join(f"{less / GIB:.1f}" for _, less in peaks) + " GiB by stage"
+    return [f"with pipeline.schedule=1f1b: {on}, and as fast"]
 
 
 def tried(args: argparse.Namespace, config: Config, setting: str) -> str:
@@ -175,7 +200,8 @@ def read_workload(args: argparse.Namespace, config: Config) -> Workload:
     costs = sublayer_costs(model, config, lengths)
     split = balance(costs, num_stages) if config.pipeline.split == "auto" else config.pipeline.split
     check_split(split, len(costs))
-    return replace(workload, split=tuple(split))
+    why = reason(costs, split) if config.pipeline.split == "auto" and split else ""
+    return replace(workload, split=tuple(split), why_split=why)
 
 
 def record(rank: int, stage: int, plans: dict[int, RankPlan], card_gib: float) -> dict[str, Any]:
@@ -207,7 +233,8 @@ def report(workload: Workload, by_stage: dict[int, RankPlan], card_gib: float, t
     if any(worst.num_bytes != peak.num_bytes for peak, worst in plans):
         cells["worst routing"] = [f"{worst.num_bytes / GIB:.2f}{blank}" for _, worst in plans]
     width = max(len(cell) for row in cells.values() for cell in row) + 2
-    lines = [settings, f"{workload.num_ranks} rank(s) on {workload.device}{stages}; {rows}", "",
+    lines = [settings, f"{workload.num_ranks} rank(s) on {workload.device}{stages}; {rows}",
+             *[workload.why_split] * bool(workload.why_split), "",
              "held at the peak (in brackets: the most of that kind at any moment of the step)"]
     lines += [f"{name:<14}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in cells.items()]
     for title, plan in zip(titles, plans):

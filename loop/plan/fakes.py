@@ -1,10 +1,13 @@
 """Replaces rows, messages and the other ranks while a step is rehearsed: by tensors with shapes and no values.
-Costs some kilobytes a tensor, whatever its shape."""
+Costs some kilobytes a tensor, whatever its shape; and those of a model's modules, which are made once and copied."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Callable, Iterator
 from unittest.mock import patch
 
@@ -16,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.batches import Batches, Microbatch, StepBatch
 from loop.distributed.groups import Ranks
+from model import build
 
 
 class Steps(Batches):
@@ -75,3 +79,22 @@ def fake(batch: StepBatch) -> StepBatch:
 
     return replace(batch, microbatches=[
         Microbatch(**{name: empty(value) for name, value in vars(m).items()}) for m in batch.microbatches])
+
+
+@lru_cache(maxsize=1)
+def kept_skeleton(model: Path, base: str) -> Any:
+    return build.skeleton(model, base)
+
+
+@contextmanager
+def skeletons_kept(model: Path, base: str) -> Iterator[None]:
+    """While the context lasts, this model's skeleton is a copy of one that is made once, since transformers takes a second to
+    make it. To be entered outside FakeTensorMode."""
+    kept = kept_skeleton(model, base)
+    shared = [*kept.parameters(), *kept.buffers()]  # shapes, which a build replaces and never changes
+
+    def copied(*_: Any) -> Any:
+        return deepcopy(kept, {id(tensor): tensor for tensor in shared})
+
+    with patch.object(build, "skeleton", copied):
+        yield

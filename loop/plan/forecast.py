@@ -45,9 +45,15 @@ def largest_steps(config: Config, model: Path, place: Place, rows: TokenizedRows
     return [batch for step in sorted(chosen) for batch in batches.train_steps(step - 1, step, train.seed)]
 
 
-def trimmed(batch: StepBatch, place: Place) -> StepBatch:
-    """On one device, three microbatches that take as much memory as the whole step: the first one, which leaves gradients,
-    the one whose rows are padded most, and the one with the most supervised positions."""
+def trimmed(batch: StepBatch, place: Place, schedule: str) -> StepBatch:
+    """Microbatches that take as much memory as the whole step.
+
+    On one device these are three: the first one, which leaves gradients, the one whose rows are padded most, and the one with
+    the most supervised positions. Under 1F1B, where all are alike: twice as many as a stage ever holds. Else all.
+    """
+    num = 2 * place.num_stages + 1
+    if place.num_stages > 1 and schedule == "1f1b" and all(m is batch.microbatches[0] for m in batch.microbatches):
+        return replace(batch, microbatches=batch.microbatches[:num], slots=batch.slots[:num])
     if place.num_stages > 1 or len(batch.microbatches) <= 3:
         return batch
     most_padded = max(batch.microbatches, key=lambda m: padded_positions(m.lengths))

@@ -16,7 +16,7 @@ from loop.config import Config
 from loop.memory.counter import Counter, Operation
 from loop.memory.without_values import put_nothing, without_values
 from loop.optim import make_optimizer, sync_and_clip
-from loop.plan.fakes import RehearsedRanks
+from loop.plan.fakes import RehearsedRanks, skeletons_kept
 from model.build import build_empty, text_config
 from model.mixers import Segments
 from model.moe import routing
@@ -125,7 +125,8 @@ class Pieces:
     def built(self, first: int, stop: int) -> Iterator[tuple[Stage, Counter]]:
         """These sublayers without values, and a counter that is on."""
         counter = Counter([self.config.lora.rank], self.lengths)
-        with (patch.object(routing, "ASSUMED", [routing.uniform_bounds]), without_values(self.device, self.card), counter):
+        with (skeletons_kept(self.model, self.config.model.base), patch.object(routing, "ASSUMED", [routing.uniform_bounds]),
+              without_values(self.device, self.card), counter):
             stage, weights = build_empty(
                 self.model, self.config.model.base, self.config.lora, seed=0, device=CPU, recompute=False,
                 first=first, stop=stop)

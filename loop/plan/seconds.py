@@ -79,9 +79,12 @@ class StepTime:
 
     def __str__(self) -> str:
         epoch = f", an epoch of {self.shape.steps_per_epoch} in {self.epoch_hours:.2f} h" if self.epoch_hours else ""
-        shares = ", ".join(f"{name} {took / self.seconds:.0%}" for name, took in sorted(
+        return f"{self.seconds:.3g} s a step, {self.tokens_per_s:,.0f} tokens/s{epoch}: {self.shares()}"
+
+    def shares(self) -> str:
+        """What the time goes to, in percent."""
+        return ", ".join(f"{name} {took / self.seconds:.0%}" for name, took in sorted(
             self.by_purpose.items(), key=lambda item: -item[1]) if took >= 0.005 * self.seconds)
-        return f"{self.seconds:.3g} s a step, {self.tokens_per_s:,.0f} tokens/s{epoch}: {shares}"
 
 
 class Forecast:
