@@ -98,8 +98,8 @@ class Search:
             self.progress.done += 1
         if not found:
             raise ValueError(
-                f"nothing fits a card of {self.card_gib:g} GiB. Try model.base=nf4, a smaller lora.rank, more stages (--split), or "
-                "shorter rows (data.max_tokens with data.overlong=drop)")
+                f"nothing fits a card of {self.card_gib:g} GiB. Try model.base=nf4, a smaller lora.rank, more stages "
+                "(--split), or shorter rows (data.max_tokens with data.overlong=drop)")
         return found[:NUM_SHOWN]
 
     @property
@@ -260,6 +260,6 @@ def start_command(config_file: str, given: list[str], workload: Workload, overri
     if LAUNCHED.get(config_file.removeprefix("./")) == script:
         start = f"bash launch.sh {Path(config_file).stem}"
     else:
-        start = "torchrun" + f" --nproc-per-node {workload.num_ranks}" * (workload.num_replicas > 1) + (
-            f" {script} --config {config_file}")
-    return shlex.join([*start.split(), *settings.values()])
+        ranks = f" --nproc-per-node {workload.num_ranks}" * (workload.num_replicas > 1)
+        start = f"torchrun{ranks} {script} --config {config_file}"
+    return " ".join([start, *map(shlex.quote, settings.values())])

@@ -20,7 +20,7 @@ from loop.distributed.watch import Watch
 from loop.memory.phases import Memory
 from loop.metrics import RunLog
 from loop.pipeline.gpipe import Pipeline
-from loop.pipeline.split import Cost, RowLengths, balance, sublayer_costs, table
+from loop.pipeline.split import Cost, RowLengths, balance, reason, sublayer_costs, table
 from loop.pipeline.timeline import Mark, busy_and_idle, draw, write
 from loop.plan.fakes import nothing_sent, pretended_group
 from model.build import build, skeleton
@@ -122,6 +122,15 @@ def test_the_head_counts_in_the_balance(tmp_path, write_config):
     assert balance(memory, 2) == [5]  # 13 of 20 bytes against 7 of 12 flops; in the middle it would be 14 of 20
     with pytest.raises(ValueError, match="5 stages for a model of 4 sublayers"):
         balance(even[:4], 5)
+
+
+def test_an_automatic_cut_gives_its_reason():
+    memory = [Cost(1, 9.0, 1.0), *[Cost(1, 1.0, 1.0)] * 11]
+    assert reason(memory, balance(memory, 2)) == (
+        "split auto, cut at 5, balances time and memory (shares of the flops and of the weights' bytes): "
+        "stage 0 41.7 % and 65.0 %, stage 1 58.3 % and 35.0 %; the largest share is 65.0 %; "
+        "with a cut one sublayer away it would be at least 66.7 %")
+    assert reason(memory[:2], [1]).endswith("the largest share is 90.0 %"), "there is no other cut"
 
 
 def test_the_cuts_as_a_table():

@@ -3,13 +3,19 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loop.config import load_config
 from loop.memory.phases import GIB
+from loop.pipeline.split import Cost, RowLengths, sublayer_costs
 from loop.plan import __main__ as plan
+from loop.plan.search import start_command
+from loop.plan.seconds import Forecast
+from loop.plan.workload import Workload
+from loop.rates import CARDS
 from model.tiny.write import write_tiny
 from tests.processes import Run
 
@@ -96,6 +102,57 @@ def test_targets_of_the_true_models(capsys, monkeypatch):
         assert sum(peak.held.values()) == peak.num_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", sorted(ROOT.glob("configs/models/*.json")), ids=lambda shape: shape.stem)
+def test_every_shape_that_is_built_in_can_be_planned(write_config, shape):
+    """The last four layers and the head, with few tokens."""
+    config = load_config(write_config(), ["model.base=nf4", "lora.target=all-linear", "train.microbatch_tokens=128"])
+    lengths = RowLengths(64, 64, 32, 0.5)
+    costs = sublayer_costs(shape, config, lengths)
+    place = {"num_ranks": 2, "num_stages": 2, "rows": None, "lengths": lengths, "split": (len(costs) - 8,)}
+    workload = Workload(config, shape, "cuda", generation=12, **place)
+    held = workload.rank_plan(1).peak.held
+    assert held["weights"] + held["adapters"] == pytest.approx(sum(costs[-8:], Cost()).num_bytes, rel=0.01)
+    assert Forecast(workload, CARDS["rtx5090"]).step(workload.split, 0).seconds > 0
+
+
+def test_the_plan_says_what_the_other_schedule_would_hold(capsys, monkeypatch, write_config, tiny_models):
+    """Where that is much less: not with as many microbatches as stages, and not under 1f1b itself."""
+    config = str(write_config())
+    arguments = ["--config", config, f"model.path={tiny_models['qwen3']}", "--split", "4", "--device", "cuda",
+                 "train.rows_per_step=16", "--row-tokens", "128"]
+    many, few = "train.microbatch_tokens=128", "train.microbatch_tokens=1024"
+    said = planned(capsys, monkeypatch, *arguments, many)
+    said = re.findall("with pipeline.schedule=1f1b: (.*) GiB on each, and as fast", said)
+    answer = json.loads(planned(capsys, monkeypatch, *arguments, many, "pipeline.schedule=1f1b", "--json"))
+    assert [float(gib) for gib in said] == [round(max(rank["peak_gib"] for rank in answer["ranks"]), 1)]
+    for settings in ([few], [many, "pipeline.schedule=1f1b"]):
+        assert "with pipeline.schedule" not in planned(capsys, monkeypatch, *arguments, *settings)
+
+
+def test_a_stage_that_is_built_once_shows_the_same_under_each_setting(monkeypatch, write_config, tiny_models):
+    arguments = ["--config", str(write_config()), f"model.path={tiny_models['moe']}", "--split", "4", "--device", "cuda"]
+    workload = read(monkeypatch, *arguments)
+    for settings in ({}, {"keep_layers": 2}, {"microbatch_tokens": 128}, {"recompute": False}, {}):
+        other = workload.with_train(**settings)
+        reused, alone = (one.rank_plan(1) for one in (other, replace(other, built={})))
+        assert reused.peak.num_bytes == alone.peak.num_bytes and reused.peak.held == alone.peak.held
+        assert reused.worst.num_bytes == alone.worst.num_bytes
+    assert len(workload.built) == 1
+
+
+@pytest.mark.parametrize("arguments, split, expected", [
+    (["configs/4b.yaml", []], (), "bash launch.sh 4b train.recompute=false"),
+    (["configs/35b.yaml", ["run=mine"]], (40,), "bash launch.sh 35b run=mine train.recompute=false"),
+    (["configs/35b.yaml", []], (), "torchrun train.py --config configs/35b.yaml train.recompute=false"),
+    (["configs/30b.yaml", ["train.recompute=true"]], (48,),
+     "torchrun pipeline_train.py --config configs/30b.yaml train.recompute=false")])
+def test_the_recommendation_is_a_command(write_config, arguments, split, expected):
+    lengths, stages = RowLengths(64, 64, 32, 0.5), len(split) + 1
+    workload = Workload(load_config(write_config()), Path(), "cuda", stages, stages, None, lengths, split)
+    assert start_command(*arguments, workload, ["train.recompute=false"]) == expected
+
+
 def test_json_adds_up(capsys, monkeypatch, write_config):
     ranks = json.loads(planned(capsys, monkeypatch, "--config", str(write_config()), "--ranks", "3", "--json"))["ranks"]
     assert [rank["rank"] for rank in ranks] == [0, 1, 2] and {rank["stage"] for rank in ranks} == {0}
@@ -110,7 +167,13 @@ def test_a_card_that_is_too_small_is_said_so_and_fit_finds_what_fits(capsys, mon
     whole = planned(capsys, monkeypatch, "--config", config, "--card", "1.0005")
     assert "DOES NOT FIT" in whole and "backward of microbatch" in whole or "loss of microbatch" in whole
     best = planned(capsys, monkeypatch, "--config", config, "--fit", "--card", "2", "--ranks", "1")
-    assert "train.recompute=false" in best, "a tiny model fits without any recomputation"
+    table = [re.split(r"  +", line) for line in best.splitlines() if re.match(r"current|\d\. fastest", line)]
+    assert table[0][:3] == ["current settings", "512", "0 of 2"] and [row[0] for row in table[1:]] == [
+        "1. fastest", "2. fastest", "3. fastest"]
+    assert all(row[2] == "2 of 2" for row in table[1:]), "a tiny model fits without any recomputation"
+    command = next(line for line in best.splitlines() if line.startswith("  torchrun "))
+    assert command.startswith(f"  torchrun train.py --config {config} ") and "train.recompute=false" in command
+    assert "GiB of a card unused" in best and "weights that are not rounded: model.base=bf16" in best
     with pytest.raises(ValueError, match="nothing fits a card of 1.0005 GiB"):
         planned(capsys, monkeypatch, "--config", config, "--fit", "--card", "1.0005")
 
