@@ -32,7 +32,8 @@ from loop.errors import run_command
 from loop.memory.ledger import CATEGORIES
 from loop.memory.phases import GIB
 from loop.pipeline.split import RowLengths, balance, reason, sublayer_costs
-from loop.plan.search import Search, advice, start_command
+from loop.plan.advice import advice, start_command
+from loop.plan.search import Search
 from loop.plan.seconds import Forecast, Shape
 from loop.plan.workload import RESERVE_GIB, RankPlan, Workload, read_rows
 from loop.rates import CARDS, Rates, is_for_gpus, measure
@@ -66,7 +67,7 @@ def main() -> None:
         else:
             print(planned(workload, args, card_gib, rates), file=out, flush=True)
         for setting in args.tries:
-            print(tried(args, config, setting), file=out, flush=True)
+            print(tried(args, config, setting, workload), file=out, flush=True)
 
 
 def rates_for(args: argparse.Namespace, workload: Workload) -> Rates | None:
@@ -139,10 +140,11 @@ def less_held(workload: Workload, plans: dict[int, RankPlan]) -> list[str]:
     return [f"with pipeline.schedule=1f1b: {on}, and as fast"]
 
 
-def tried(args: argparse.Namespace, config: Config, setting: str) -> str:
-    """The peak under another setting, on the fullest rank."""
+def tried(args: argparse.Namespace, config: Config, setting: str, first: Workload) -> str:
+    """The peak under another setting than the first workload's, on the fullest rank."""
     try:
         workload = read_workload(args, overridden(config, [setting]))
+        workload = replace(workload, generation=first.generation, built=first.built)
         ranks = range(workload.num_stages) if args.rank is None else [args.rank]
         peak_gib = max(workload.rank_plan(rank, worst_routing=False).peak.num_bytes for rank in ranks) / GIB
     except Exception as error:  # a setting that cannot be planned is no reason not to try the next one

@@ -3,12 +3,10 @@ Builds each stage once and rehearses a few steps on it: some 20 seconds for the 
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 from omegaconf import OmegaConf
 
@@ -23,9 +21,7 @@ from loop.rates import Rates
 NUM_SHOWN = 3
 LENGTHS = (0.5, 1, 2)  # tried lengths of a microbatch, relative to the configured microbatch_tokens
 MUCH_LEFT = 0.25  # share of a card: if the fastest settings take no more, the search looks for what the rest could buy
-LEAST_GAIN = 0.01  # of a step's time: settings that are not faster by so much are not recommended
 COUNTED_ONCE = {"train.microbatch_tokens", "train.recompute", "train.keep_layers", "pipeline.split", "pipeline.schedule"}
-LAUNCHED = {"configs/4b.yaml": "train.py", "configs/35b.yaml": "pipeline_train.py"}  # by launch.sh, under the file's name
 MORE = 4  # times as many tokens, or as high a rank, as the rest of a card is tried with
 
 
@@ -202,64 +198,3 @@ def differences(config: Config, other: Config) -> list[str]:
              "train.keep_layers", "pipeline.split", "pipeline.schedule")
     values = [[OmegaConf.select(OmegaConf.structured(one), name) for name in names] for one in (config, other)]
     return [f"{name}={str(new).lower().strip('[]').replace(' ', '')}" for name, old, new in zip(names, *values) if old != new]
-
-
-# What the search says
-
-
-def advice(search: Search, found: list[Fit], current: Fit, bought: list[tuple[str, Fit]],
-           command: Callable[[list[str]], str]) -> str:
-    """A table with the current settings first, then one recommendation, as a command to copy."""
-    best, num_ranks = found[0], search.workload.num_ranks
-    lines = [f"What fits {num_ranks} x {search.rates.name} of {search.card_gib:g} GiB, {RESERVE_GIB:g} of which is left to "
-             "CUDA, and takes the least time; all planned.", *table(search, [("current settings", current)] + [
-                 (f"{number}. fastest", fit) for number, fit in enumerate(found, 1)])]
-    gained = current.time.seconds / best.time.seconds
-    if current.peak_gib <= search.limit / GIB and gained < 1 + LEAST_GAIN:
-        lines += ["", "The current settings fit and are as fast as any:"]
-        lines += [f"  {command([])}"]
-    else:
-        than = f"{gained:.2f} times as fast as" if current.peak_gib <= search.limit / GIB else "since these fit, unlike"
-        lines += ["", f"Recommended, {than} the current settings:", f"  {command(best.overrides)}",
-                  f"Its time goes to {best.time.shares()}."]
-    if bought:
-        lines += ["", f"The fastest leaves {search.card_gib - best.peak_gib:.0f} GiB of a card unused. What these could buy, "
-                  "each alone:", *table(search, bought)]
-        lines += [f"  {what}: {' '.join(fit.overrides)}" for what, fit in bought]
-    lines += ["", f"(planned in {search.progress.seconds:.0f} s: {search.progress.num_rehearsals} rehearsals of a step reused "
-              f"{len(search.workload.built)} built stage(s), since these settings change neither weights nor adapters)"]
-    return "\n".join(lines)
-
-
-def table(search: Search, rows: Sequence[tuple[str, Fit]]) -> list[str]:
-    """A title over each column, in two lines."""
-    split = bool(search.workload.split)
-    titles = [("", ""), ("tokens of a", "microbatch"), ("layers not", "recomputed"),
-              *[("cut at", "sublayer"), ("", "schedule")] * split,
-              ("GiB, the", "fullest card"), ("seconds", "a step"), ("tokens", "a second")]
-    each = " a stage" * split
-    most = {fit.split: search.num_kept_at_most(fit.split) for _, fit in rows}
-    cells = [[what, f"{fit.tokens:,}", f"{min(fit.kept, most[fit.split])} of {most[fit.split]}{each}",
-              *[",".join(map(str, fit.split)), fit.schedule] * split, f"{fit.peak_gib:.1f}" + " (too much)" * (
-                  fit.peak_gib > search.limit / GIB), f"{fit.time.seconds:.3g}", f"{fit.time.tokens_per_s:,.0f}"]
-             for what, fit in rows]
-    lines = [[title[0] for title in titles], [title[1] for title in titles], *cells]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-            for line in lines]
-
-
-def start_command(config_file: str, given: list[str], workload: Workload, overrides: list[str]) -> str:
-    """Starts a run with these settings, and with those that the plan was given.
-
-    Args:
-        given, overrides: key=value; of two with one key the second counts.
-    """
-    settings = dict(zip(names_of([*given, *overrides]), [*given, *overrides]))
-    script = "pipeline_train.py" if workload.split else "train.py"
-    if LAUNCHED.get(config_file.removeprefix("./")) == script:
-        start = f"bash launch.sh {Path(config_file).stem}"
-    else:
-        ranks = f" --nproc-per-node {workload.num_ranks}" * (workload.num_replicas > 1)
-        start = f"torchrun{ranks} {script} --config {config_file}"
-    return " ".join([start, *map(shlex.quote, settings.values())])

@@ -12,7 +12,7 @@ from loop.config import load_config
 from loop.memory.phases import GIB
 from loop.pipeline.split import Cost, RowLengths, sublayer_costs
 from loop.plan import __main__ as plan
-from loop.plan.search import start_command
+from loop.plan.advice import start_command
 from loop.plan.seconds import Forecast
 from loop.plan.workload import Workload
 from loop.rates import CARDS
@@ -109,8 +109,7 @@ def test_every_shape_that_is_built_in_can_be_planned(write_config, shape):
     config = load_config(write_config(), ["model.base=nf4", "lora.target=all-linear", "train.microbatch_tokens=128"])
     lengths = RowLengths(64, 64, 32, 0.5)
     costs = sublayer_costs(shape, config, lengths)
-    place = {"num_ranks": 2, "num_stages": 2, "rows": None, "lengths": lengths, "split": (len(costs) - 8,)}
-    workload = Workload(config, shape, "cuda", generation=12, **place)
+    workload = Workload(config, shape, "cuda", 2, 2, None, lengths, split=(len(costs) - 8,), generation=12)
     held = workload.rank_plan(1).peak.held
     assert held["weights"] + held["adapters"] == pytest.approx(sum(costs[-8:], Cost()).num_bytes, rel=0.01)
     assert Forecast(workload, CARDS["rtx5090"]).step(workload.split, 0).seconds > 0
@@ -141,16 +140,16 @@ def test_a_stage_that_is_built_once_shows_the_same_under_each_setting(monkeypatc
     assert len(workload.built) == 1
 
 
-@pytest.mark.parametrize("arguments, split, expected", [
-    (["configs/4b.yaml", []], (), "bash launch.sh 4b train.recompute=false"),
-    (["configs/35b.yaml", ["run=mine"]], (40,), "bash launch.sh 35b run=mine train.recompute=false"),
-    (["configs/35b.yaml", []], (), "torchrun train.py --config configs/35b.yaml train.recompute=false"),
-    (["configs/30b.yaml", ["train.recompute=true"]], (48,),
+@pytest.mark.parametrize("config_file, given, split, expected", [
+    ("configs/4b.yaml", [], (), "bash launch.sh 4b train.recompute=false"),
+    ("configs/35b.yaml", ["run=mine"], (40,), "bash launch.sh 35b run=mine train.recompute=false"),
+    ("configs/35b.yaml", [], (), "torchrun train.py --config configs/35b.yaml train.recompute=false"),
+    ("configs/30b.yaml", ["train.recompute=true"], (48,),
      "torchrun pipeline_train.py --config configs/30b.yaml train.recompute=false")])
-def test_the_recommendation_is_a_command(write_config, arguments, split, expected):
+def test_the_recommendation_is_a_command(write_config, config_file, given, split, expected):
     lengths, stages = RowLengths(64, 64, 32, 0.5), len(split) + 1
     workload = Workload(load_config(write_config()), Path(), "cuda", stages, stages, None, lengths, split)
-    assert start_command(*arguments, workload, ["train.recompute=false"]) == expected
+    assert start_command(config_file, given, workload, ["train.recompute=false"]) == expected
 
 
 def test_json_adds_up(capsys, monkeypatch, write_config):
