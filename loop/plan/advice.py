@@ -35,8 +35,8 @@ def advice(search: Search, found: list[Fit], current: Fit, bought: list[tuple[st
                   "each alone:", *table(search, bought)]
         lines += [f"  {what}: {' '.join(fit.overrides)}" for what, fit in bought]
     progress, num_built = search.progress, len(search.workload.built)
-    lines += ["", f"(planned in {progress.seconds:.0f} s: {progress.num_rehearsals} rehearsals of a step, for which {num_built} "
-              "stage(s) were built; one serves all settings that leave weights and adapters as they are)"]
+    lines += ["", f"(planned in {progress.seconds:.0f} s: {progress.num_rehearsals} rehearsals of a step, for which "
+              f"{num_built} stage(s) were built; one serves all settings that leave weights and adapters as they are)"]
     return "\n".join(lines)
 
 
