@@ -129,10 +129,11 @@ def test_the_plan_says_what_the_other_schedule_would_hold(capsys, monkeypatch, w
         assert "with pipeline.schedule" not in planned(capsys, monkeypatch, *arguments, *settings)
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_built_once_shows_the_same_under_each_setting(monkeypatch, write_config, tiny_models):
     arguments = ["--config", str(write_config()), f"model.path={tiny_models['moe']}", "--split", "4", "--device", "cuda"]
     workload = read(monkeypatch, *arguments)
-    for settings in ({}, {"keep_layers": 2}, {"microbatch_tokens": 128}, {"recompute": False}, {}):
+    for settings in ({"microbatch_tokens": 256}, {"keep_layers": 2}, {"recompute": False}, {}):
         other = workload.with_train(**settings)
         reused, alone = (one.rank_plan(1) for one in (other, replace(other, built={})))
         assert reused.peak.num_bytes == alone.peak.num_bytes and reused.peak.held == alone.peak.held
