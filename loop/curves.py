@@ -25,6 +25,7 @@ MAX_RANKS = 8  # that memory.png shows
 MAX_SOURCES = 8  # of held-out rows that curves.png shows one by one
 KINDS = {"allocated": "memory of tensors on the GPU (as the allocator counts)",
          "resident": "memory of the whole process (resident size, tensors and all else)"}
+PEAKS = {"allocated": "peak of tensors on a GPU, GiB", "resident": "peak of the process (resident), GiB"}
 COLORS = {"forward": "tab:blue", "loss": "tab:green", "backward": "tab:orange", "update": "tab:purple"}
 
 
@@ -40,7 +41,7 @@ def main() -> None:
 def draw_pictures(run_dir: Path, kind: str, planned_gib: list[float]) -> str:
     """Draws both pictures of a run, and says why they could not be drawn, if so: whatever matplotlib raises ends no run."""
     try:
-        draw_curves(read_metrics(run_dir / METRICS_FILE), run_dir / "curves.png", run_dir.name)
+        draw_curves(read_metrics(run_dir / METRICS_FILE), run_dir / "curves.png", run_dir.name, kind)
         draw_memory(read_metrics(run_dir / MEMORY_FILE), run_dir / "memory.png", run_dir.name, kind, planned_gib)
     except ImportError:
         return "curves.png and memory.png are not drawn: matplotlib is missing (pip install matplotlib)"
@@ -50,8 +51,12 @@ def draw_pictures(run_dir: Path, kind: str, planned_gib: list[float]) -> str:
     return ""
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws a panel each: training loss, held-out loss by source, learning rate, gradient norm, tokens/s, peak of memory."""
+def draw_curves(records: list[dict[str, Any]], path: Path, title: str, kind: str) -> None:
+    """Draws a panel each: training loss, held-out loss by source, learning rate, gradient norm, tokens/s, peak of memory.
+
+    Args:
+        kind: allocated | resident, what `peak_gib` is; it begins anew when a run is resumed.
+    """
     from matplotlib.figure import Figure
 
     def points(key: str) -> tuple[list[int], list[float]]:
@@ -74,7 +79,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     held_out.set_title("held-out loss", y=1)
     for axis, (key, name, color) in zip(others, (
             ("lr", "learning rate", "tab:green"), ("grad_norm", "gradient norm", "tab:gray"),
-            ("tokens_per_s", "tokens/s", "tab:purple"), ("peak_gib", "peak of memory so far, GiB", "tab:red"))):
+            ("tokens_per_s", "tokens/s", "tab:purple"), ("peak_gib", PEAKS[kind], "tab:red"))):
         steps, values = points(key)
         axis.plot(steps, values, color=color)
         axis.set_title(name, y=1)
@@ -113,7 +118,7 @@ def replace_picture(figure: Figure, path: Path) -> None:
 
 
 def draw_memory(records: list[dict[str, Any]], path: Path, title: str, kind: str, planned_gib: list[float]) -> None:
-    """Draws one panel a rank: the memory at the end of each phase of every step, and the highest peak so far.
+    """Draws one panel a rank: the memory at the end of each phase of every step, and the highest since the process began.
 
     Args:
         kind: allocated | resident, for the title.
@@ -151,7 +156,7 @@ def draw_rank(axis: Any, records: list[dict[str, Any]], planned_gib: list[float]
         *((phase, "gib", f"end of {phase}", {"color": color, "alpha": 0.35, "linewidth": 1})
           for phase, color in COLORS.items() if phase != "update"),
         ("update", "gib", "end of step", {"color": COLORS["update"], "linewidth": 2}),
-        ("update", "peak_gib", "highest so far", {"color": "black", "linewidth": 2}),
+        ("update", "peak_gib", "highest since the process began", {"color": "black", "linewidth": 2}),
         ("eval", "gib", "end of evaluation",
          {"color": "dimgray", "linestyle": "", "marker": "o", "markersize": 4, "markerfacecolor": "none"}),
         *((phase, "gib", "", {"color": "black", "linestyle": "", "marker": "D", "markersize": 4})

@@ -33,7 +33,7 @@ def faulty(write_config, edited_copy, run_copy):
 @pytest.mark.slow
 def test_a_leak(faulty):
     (said,), report, copy = faulty("leak")
-    where = "held in a list, held by the global 'SEEN' of loop.accumulate"
+    where = "held in a list, held by the global 'SEEN' of model.stages"
     made = line_of(copy, "model/stages.py", "return x_1TD + h_1TD")
     assert f"100 % of it made at {made} decoder_layer; {where}" in said
     (first, *_) = report["survivors"]
