@@ -9,7 +9,7 @@ from typing import Sequence
 
 from loop.memory.holders import explained
 from loop.memory.ledger import LASTING, Allocation, Ledger
-from loop.memory.peak import Line, grouped, origin, sum_bytes
+from loop.memory.peak import KEPT, Line, grouped, origin, sum_bytes
 
 LEAST_BYTES = 2**18  # a microbatch; losses, counts and other numbers that are kept on purpose take less
 
@@ -108,6 +108,7 @@ def piled_up(ledger: Ledger) -> list[Line]:
         if len(by_microbatch) == num_microbatches > 1:
             least = min(by_microbatch.values(), key=sum_bytes)
             phase = ledger.phases[least[0].phase].name
+            category = category or KEPT.get(phase, "working")  # `classify` has not been called yet
             found.append((Line(sum_bytes(least), len(least), category, module, line, phase), members))
     found.sort(key=lambda item: -item[0].num_bytes)
     lines = [line for line, _ in found]
