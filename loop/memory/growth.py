@@ -58,6 +58,7 @@ class GrowthSearch:
             self.look()
 
     def look(self) -> None:
+        """Looks at the step as it is now, for what its microbatches have left."""
         if self.ledger is None:
             lines, num_bytes = list[Line](), grown(self.starts)
         else:
