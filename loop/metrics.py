@@ -69,6 +69,7 @@ class RunLog:
         self.memory_kind = "allocated" if device.type == "cuda" else "resident"
         self.began = time.monotonic(), 0  # when the first step of this process began, and how many were done before
         self.losses: deque[float] = deque(maxlen=2 * TREND_STEPS)  # of the last steps
+        self.planned_kinds: dict[str, float] | None = None  # GiB by kind of layer at rank 0's planned peak
         self.planned_gib: list[float] = []  # peak by rank; empty while it is not known
         self.steps_s: list[float] = []  # how long each step of this process took
         self.drawn_at = time.monotonic()
@@ -101,11 +102,12 @@ class RunLog:
                 failed, self.log_file = self.log_file.name, None
                 self.say(f"the log ends here: {failed}: {error.strerror}")
 
-    def planned(self, line: str, planned_gib: list[float]) -> None:
-        """Takes the plan of memory when it arrives: one line, and the peak of each rank."""
+    def planned(self, line: str, records: list[dict[str, Any]]) -> None:
+        """Takes the plan of memory when it arrives: one line, and a record of each rank (see loop/planned.py)."""
         self.say(line)
+        self.planned_kinds = records[0]["kinds_gib"]  # the other ranks know no plan
         if self.memory_kind == "allocated":  # the plan counts tensors, but on the CPU memory.png shows the resident size
-            self.planned_gib = planned_gib
+            self.planned_gib = [record["peak_gib"] for record in records]
 
     def start(self, done: int, total: int, evaluated: bool = True) -> None:
         """Opens the progress bar, metrics.jsonl and memory.jsonl, from which the lines after step `done` are removed, and those
@@ -230,7 +232,7 @@ class RunLog:
         path = self.run_dir / f"memory-step-{step}-rank-{ranks.rank}.html"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_page(memory.traced, path, f"{self.run_dir.name}, step {step}, rank {ranks.rank}")
+            write_page(memory.traced, path, f"{self.run_dir.name}, step {step}, rank {ranks.rank}", self.planned_kinds)
             write_snapshot(path.with_suffix(".pickle"))
             self.say(f"every allocation of this step: {path}")
         except OSError as error:  # a full disk must not end the training

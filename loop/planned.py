@@ -69,11 +69,11 @@ class Plan:
 
     Args:
         config, ranks: of the run.
-        arrived: takes the plan in a line and the peak of each rank in GiB, in a thread of its own.
+        arrived: takes the plan in a line and the record of each rank, in a thread of its own.
         done: steps of an earlier start, which are not planned, since this one does not measure them.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, arrived: Callable[[str, list[float]], None], done: int = 0) -> None:
+    def __init__(self, config: Config, ranks: Ranks, arrived: Callable[[str, list[Record]], None], done: int = 0) -> None:
         self.arrived, self.records = arrived, list[Record]()  # by rank; empty while there is no plan
         self.time: Record | None = None
         self.process: subprocess.Popen[str] | None = None
@@ -89,7 +89,7 @@ class Plan:
         """Takes the plan, if one comes: a process that fails prints none."""
         for answer in answers(process, LIMIT_S):
             self.records, self.time = answer["ranks"], answer["time"]
-            self.arrived(sentence(self.records, self.time), peaks(self.records))
+            self.arrived(sentence(self.records, self.time), self.records)
 
     def of_rank(self, rank: int) -> Record | None:
         return self.records[rank] if self.records else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Callable, Iterable
+from typing import Any, Callable, Iterable
 
 from loop.memory.ledger import CATEGORIES, Allocation, Ledger
 
@@ -14,6 +14,9 @@ COMMUNICATION = {"communicate": "communication", "sync": "communication"}
 # category by the phase of birth: of what is still held at the end of the phase, and of what is not
 KEPT = {"build": "weights", "load": "weights", "forward": "activations", "loss": "activations", **COMMUNICATION}
 FREED = {"loss": "logits", **COMMUNICATION}
+# of layers, each with what a module's name then has in it; the first that fits counts
+KINDS = {"norms": "norm", "attention": "self_attn|rotary_emb", "delta rule": "linear_attn", "feed-forward": "mlp",
+         "embedding and head": "embed_tokens|lm_head", "between the parts of layers": r"layers\.", "outside of layers": ""}
 Origin = tuple[str, ...]  # category, module, line of the source
 Change = tuple[int, int, str]  # event, bytes gained or lost, category
 
@@ -70,6 +73,19 @@ class Peak:
         phase = next(phase for phase in reversed(ledger.phases) if phase.started < max(last.born, 1))
         largest = [Line(sum_bytes(members), len(members), *key) for key, members in grouped(alive, origin)]
         return cls(event, num_bytes, held, most, phase.name, phase.microbatch, last.module, last.line, largest)
+
+
+def by_kind(lines: list[Line]) -> list[dict[str, Any]]:
+    """The lines' bytes by kind of layer. Optimizer states belong to no module, and count as outside of layers."""
+    has_experts = any(".mlp.experts" in line.module for line in lines)  # then every layer has some, in its mlp
+    kinds: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        name = next(name for name, pattern in KINDS.items() if re.search(pattern, line.module))
+        name = "experts" if has_experts and name == "feed-forward" else name
+        kind = kinds.setdefault(name, {"name": name, "num_bytes": 0, "held": dict.fromkeys(CATEGORIES, 0)})
+        kind["num_bytes"] += line.num_bytes
+        kind["held"][line.category] += line.num_bytes
+    return sorted(kinds.values(), key=lambda kind: -kind["num_bytes"])
 
 
 def classify(ledger: Ledger) -> None:

@@ -4,7 +4,6 @@ Writing takes 1 s and 300 KB for 2,000 allocations, 4 s and 2 MB for 100,000; re
 from __future__ import annotations
 
 import gc
-import re
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from loop.memory.holders import explained
 from loop.memory.ledger import CATEGORIES, LASTING, Ledger
-from loop.memory.peak import Line, Origin, Peak, changes_of, grouped, origin, sum_bytes
+from loop.memory.peak import Line, Origin, Peak, by_kind, changes_of, grouped, origin, sum_bytes
 from loop.pages import document
 
 MAX_POINTS = 2000  # of the curve
@@ -22,14 +21,16 @@ MAX_SHOWN = 8  # lines of the source at each point
 MAX_SURVIVORS = 50
 SMALL = 1e-3  # of the peak: lines of the source that hold less are shown as one a category
 PAGE = Path(__file__).with_suffix(".html")
-# of layers, each with what a module's name then has in it; the first that fits counts
-KINDS = {"norms": "norm", "attention": "self_attn|rotary_emb", "delta rule": "linear_attn", "feed-forward": "mlp",
-         "embedding and head": "embed_tokens|lm_head", "between the parts of layers": r"layers\.", "outside of layers": ""}
 
 
-def write_page(ledger: Ledger, path: Path, title: str) -> None:
-    """Writes a page that needs no other file, for a ledger whose step has ended."""
-    path.write_text(document(f"Memory: {title}", PAGE.read_text(encoding="utf-8"), page_data(ledger)), encoding="utf-8")
+def write_page(ledger: Ledger, path: Path, title: str, planned: dict[str, float] | None = None) -> None:
+    """Writes a page that needs no other file, for a ledger whose step has ended.
+
+    Args:
+        planned: GiB at the planned peak by kind of layer, if there is a plan.
+    """
+    data = page_data(ledger) | {"planned": planned and {kind: gib * 2**30 for kind, gib in planned.items()}}
+    path.write_text(document(f"Memory: {title}", PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
 
 
 def write_snapshot(path: Path) -> bool:
@@ -133,19 +134,6 @@ def lines_at_peak(largest: list[Line], small: float) -> list[Line]:
 
 def as_one(lines: list[Line], category: str) -> list[Line]:
     return [Line(sum_bytes(lines), sum(line.count for line in lines), category, "", "smaller ones")] if lines else []
-
-
-def by_kind(lines: list[Line]) -> list[dict[str, Any]]:
-    """The lines' bytes by kind of layer. Optimizer states belong to no module, and count as outside of layers."""
-    has_experts = any(".mlp.experts" in line.module for line in lines)  # then every layer has some, in its mlp
-    kinds: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        name = next(name for name, pattern in KINDS.items() if re.search(pattern, line.module))
-        name = "experts" if has_experts and name == "feed-forward" else name
-        kind = kinds.setdefault(name, {"name": name, "num_bytes": 0, "held": dict.fromkeys(CATEGORIES, 0)})
-        kind["num_bytes"] += line.num_bytes
-        kind["held"][line.category] += line.num_bytes
-    return sorted(kinds.values(), key=lambda kind: -kind["num_bytes"])
 
 
 def survivors(ledger: Ledger) -> list[Line]:

@@ -30,6 +30,7 @@ from loop.distributed.launch import die_with_parent
 from loop.distributed.preflight import check_split
 from loop.errors import run_command
 from loop.memory.ledger import CATEGORIES
+from loop.memory.peak import by_kind
 from loop.memory.phases import GIB
 from loop.pipeline.split import RowLengths, balance, reason, sublayer_costs
 from loop.plan.advice import advice, start_command
@@ -212,6 +213,7 @@ def record(rank: int, stage: int, plans: dict[int, RankPlan], card_gib: float) -
     return {
         "rank": rank, "stage": stage, "peak_gib": peak.num_bytes / GIB,
         "held_gib": {name: num_bytes / GIB for name, num_bytes in peak.held.items()},
+        "kinds_gib": {kind["name"]: kind["num_bytes"] / GIB for kind in by_kind(peak.largest)},
         "at_most_gib": {name: num_bytes / GIB for name, num_bytes in peak.most.items()},
         "moment": peak.moment, "module": peak.module, "line": peak.line, "worst_routing_gib": worst.num_bytes / GIB,
         "card_gib": card_gib, "fits": peak.num_bytes / GIB <= card_gib - RESERVE_GIB,

@@ -72,19 +72,21 @@ def test_the_plan_is_the_planners_and_ends_with_its_run(write_config, run_train,
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(planned, "WAIT_S", 240)  # for a busy machine
     config, arrived = load_config(config_file, ["train.plan=true"]), []
-    plan = Plan(config, Ranks(), lambda line, gib: arrived.append((line, gib)))
+    plan = Plan(config, Ranks(), lambda line, records: arrived.append((line, records)))
     environment = Path(f"/proc/{plan.process.pid}/environ").read_text().split("\0")
     assert "CUDA_VISIBLE_DEVICES=" in environment and "OMP_NUM_THREADS=1" in environment
     assert not [setting for setting in environment if setting.startswith(("WORLD_SIZE", "TORCHELASTIC"))]
     assert os.getpriority(os.PRIO_PROCESS, plan.process.pid) == planned.NICENESS
     said = plan.comparison([0.0123])
-    ((line, planned_gib),) = arrived
-    assert re.match(rf"planned peak of tensors: {planned_gib[0]:.3g} GiB; on rank 0 in the (loss|backward) of microbatch", line)
-    assert said.startswith(f"peak of tensors: planned {planned_gib[0]:.3g} GiB, measured 0.0123 GiB (")
+    ((line, (record,)),) = arrived
+    planned_gib = record["peak_gib"]
+    assert sum(record["kinds_gib"].values()) == pytest.approx(planned_gib) and record["kinds_gib"]["attention"] > 0
+    assert re.match(rf"planned peak of tensors: {planned_gib:.3g} GiB; on rank 0 in the (loss|backward) of microbatch", line)
+    assert said.startswith(f"peak of tensors: planned {planned_gib:.3g} GiB, measured 0.0123 GiB (")
     assert plan.process.returncode is not None
     command = [sys.executable, "-m", "loop.plan", "--config", str(config_file), "--split", "none", "--json", "--device", "cpu"]
     whole = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(planned.ROOT)})
-    assert json.loads(whole.stdout)["ranks"][0]["peak_gib"] == planned_gib[0]
+    assert json.loads(whole.stdout)["ranks"][0]["peak_gib"] == planned_gib
 
 
 @pytest.mark.slow
@@ -96,7 +98,7 @@ def test_after_a_resume_the_steps_that_are_left_are_planned(write_config, run_tr
     for _ in range(2):
         run_train(config)
         said = capsys.readouterr().out
-        compared += re.findall(r"peak of tensors: planned (.*) GiB, measured (.*) GiB \((.*) %\)", said)
+        compared += re.findall(r"peak of tensors: planned (\S+) GiB, measured (\S+) GiB \((\S+) %\)", said)
         shutil.rmtree(tmp_path / "checkpoints/tiny/step-00000010")
     whole, resumed = compared
     assert "continuing from checkpoints/tiny/step-00000008" in said

@@ -323,6 +323,8 @@ def test_the_page_begins_with_what_is_left_and_shows_moments_by_keyboard(open_fi
 
 @pytest.mark.slow
 def test_a_page_of_a_step_that_leaves_nothing_says_so(open_file, tmp_path):
-    trace.write_page(small_ledger(), tmp_path / "page.html", "a")
+    trace.write_page(small_ledger(), tmp_path / "page.html", "a", planned={"attention": 1.5 / 1024})
     page = open_file(tmp_path / "page.html", scheme="dark")
+    assert page.locator("#kinds th").all_inner_texts()[:3] == ["", "all", "planned"]
+    assert "2.00 MiB\t1.50 MiB" in page.locator("#kinds tr", has_text="attention").inner_text()
     assert page.is_hidden("#left") and "None that was made in this step was still held" in page.inner_text("#summary")
