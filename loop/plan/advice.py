@@ -19,8 +19,9 @@ def advice(search: Search, found: list[Fit], current: Fit, bought: list[tuple[st
            command: Callable[[list[str]], str]) -> str:
     """A table with the current settings first, then one recommendation, as a command to copy."""
     best, num_ranks = found[0], search.workload.num_ranks
-    lines = [f"What fits {num_ranks} x {search.rates.name} of {search.card_gib:g} GiB, {RESERVE_GIB:g} of which is left to "
-             "CUDA, and takes the least time; all planned.", *table(search, [("current settings", current)] + [
+    why_split = [search.workload.why_split] * bool(search.workload.why_split)
+    lines = [*why_split, f"What fits {num_ranks} x {search.rates.name} of {search.card_gib:g} GiB, {RESERVE_GIB:g} of which is "
+             "left to CUDA, and takes the least time; all planned.", *table(search, [("current settings", current)] + [
                  (f"{number}. fastest", fit) for number, fit in enumerate(found, 1)])]
     gained = current.time.seconds / best.time.seconds
     if current.peak_gib <= search.limit / GIB and gained < 1 + LEAST_GAIN:

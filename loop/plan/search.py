@@ -153,8 +153,8 @@ class Search:
         """What the settings of a workload take, whether they fit or not."""
         config, train, split = workload.config, workload.config.train, workload.split
         overrides, taken = differences(self.workload.config, config), self.fullest(workload)
-        is_counted = set(names_of(overrides)) <= COUNTED_ONCE and train.microbatch_tokens in self.forecasts
-        forecast = self.forecasts[train.microbatch_tokens] if is_counted else Forecast(workload, self.rates)
+        is_alike = set(names_of(overrides)) <= COUNTED_ONCE and workload.lengths == self.workload.lengths
+        forecast = is_alike and self.forecasts.get(train.microbatch_tokens) or Forecast(workload, self.rates)
         keep = train.keep_layers if train.recompute else self.num_layers
         return Fit(overrides, train.microbatch_tokens, keep, split, config.pipeline.schedule if split else "", taken / GIB,
                    forecast.step(split, keep))
