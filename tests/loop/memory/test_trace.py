@@ -301,8 +301,11 @@ def test_subtotals_by_kind_of_layer_add_up_to_the_peak():
 
 @pytest.mark.slow
 def test_the_page_begins_with_what_is_left_and_shows_moments_by_keyboard(open_file, tmp_path):
-    trace.write_page(small_ledger(leaked_bytes=512 * KIB), tmp_path / "page.html", "a & b")
+    ledger = small_ledger(leaked_bytes=512 * KIB)
+    ledger.piled_up = [trace.Line(3 * KIB * KIB, 2, "activations", "model", "loop/loop.py:7 f", "forward", "held in a list")]
+    trace.write_page(ledger, tmp_path / "page.html", "a & b")
     page = open_file(tmp_path / "page.html", width=420)
+    assert "3.00 MiB" in page.inner_text("#piled") and "loop/loop.py:7 f" in page.inner_text("#piled")
     assert page.inner_text("h1") == "Memory: a & b"
     assert page.locator("h2").first.inner_text() == "Made in this step and still held after it"
     assert "512 KiB" in page.inner_text("#survivors") and "<b>model</b>" in page.inner_text("#survivors"), "as text"
@@ -327,4 +330,4 @@ def test_a_page_of_a_step_that_leaves_nothing_says_so(open_file, tmp_path):
     page = open_file(tmp_path / "page.html", scheme="dark")
     assert page.locator("#kinds th").all_inner_texts()[:3] == ["", "all", "planned"]
     assert "2.00 MiB\t1.50 MiB" in page.locator("#kinds tr", has_text="attention").inner_text()
-    assert page.is_hidden("#left") and "None that was made in this step was still held" in page.inner_text("#summary")
+    assert page.is_hidden("#piled") and page.is_hidden("#left") and "None that was made in this step was still held" in page.inner_text("#summary")
