@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
@@ -39,7 +39,7 @@ def counted(config_file: str) -> tuple[dict[str, float], dict[str, float]]:
     num_layers = text_config(model).num_hidden_layers
     rows = (ROW,) * (TOKENS // ROW)
     pieces = Pieces(config, model, "cuda", 12, (*rows, TOKENS - sum(rows)), int(SUPERVISED * TOKENS))
-    num_launches, num_bytes = Counter[str](), Counter[str]()
+    num_launches, num_bytes = defaultdict[str, float](float), defaultdict[str, float](float)
     layers = Counter(pieces.layers(0, 2 * num_layers, 0))
     counts = [*((pieces.layer(layer), number) for layer, number in layers.items()), (pieces.embedding(), 1), (pieces.loss(), 1)]
     for operations, times in counts:

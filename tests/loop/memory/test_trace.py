@@ -330,4 +330,5 @@ def test_a_page_of_a_step_that_leaves_nothing_says_so(open_file, tmp_path):
     page = open_file(tmp_path / "page.html", scheme="dark")
     assert page.locator("#kinds th").all_inner_texts()[:3] == ["", "all", "planned"]
     assert "2.00 MiB\t1.50 MiB" in page.locator("#kinds tr", has_text="attention").inner_text()
-    assert page.is_hidden("#piled") and page.is_hidden("#left") and "None that was made in this step was still held" in page.inner_text("#summary")
+    assert page.is_hidden("#piled")
+    assert page.is_hidden("#left") and "None that was made in this step was still held" in page.inner_text("#summary")
