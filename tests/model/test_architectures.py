@@ -67,7 +67,7 @@ def test_a_model_with_dense_layers_between_experts_is_refused(write):
     ("qwen3_5_moe_text", {"linear_num_key_heads": 5}, "linear_num_value_heads is 32, expected a multiple of linear_num"),
     ("qwen3_5_moe_text", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, expected num_hidden_layers, 40"),
     ("qwen3_5_moe_text", {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu' for routed experts"),
-    ("qwen3", {"model_type": ["qwen3"]}, "is not supported; supported are llama, qwen3, qwen3_5_moe_text"),
+    ("qwen3", {"model_type": ["qwen3"]}, "is not supported; supported are llama, qwen3, qwen3_moe, qwen3_5_moe_text"),
     ("qwen3", {"text_config": []}, "found a list, expected an object"),
 ])
 def test_sizes_that_cannot_be_are_named(write, kind, changes, words):
