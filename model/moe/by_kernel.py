@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from model.devices import PLANNED, generation, on_gpu
 from model.moe.expert_weights import ExpertMatrices, Int8Matrices, Nf4Matrices
@@ -123,7 +123,7 @@ def empty_columns(
     return x_SX.new_empty(len(x_SX), num)
 
 
-@torch.library.custom_op("coach::experts_hidden", mutates_args=())
+@library.custom_op("coach::experts_hidden", mutates_args=())
 def hidden(x_TD: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor, gate_up: list[torch.Tensor],
            intermediate: int, top_k: int) -> torch.Tensor:
     h_SI = empty_hidden(x_TD, order_S, bounds_E1, gate_up, intermediate, top_k)
@@ -132,7 +132,7 @@ def hidden(x_TD: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor, g
     return h_SI
 
 
-@torch.library.custom_op("coach::experts_hidden_backward", mutates_args=())
+@library.custom_op("coach::experts_hidden_backward", mutates_args=())
 def hidden_backward(
     x_TD: torch.Tensor, dout_TD: torch.Tensor, weight_TK: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor,
     gate_up: list[torch.Tensor], down: list[torch.Tensor], intermediate: int,
@@ -143,7 +143,7 @@ def hidden_backward(
     return results
 
 
-@torch.library.custom_op("coach::experts_columns", mutates_args=())
+@library.custom_op("coach::experts_columns", mutates_args=())
 def columns(
     x_SX: torch.Tensor, weight_TK: torch.Tensor, order_S: torch.Tensor, bounds_E1: torch.Tensor, matrices: list[torch.Tensor],
     hidden: int, first: int, num: int, backward: bool,

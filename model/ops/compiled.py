@@ -8,7 +8,7 @@ import time
 from typing import Any, Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from model.devices import OFF, ON, on_gpu
 from model.ops.work import Work, declare, once
@@ -16,7 +16,7 @@ from model.ops.work import Work, declare, once
 # T tokens, or any other number of rows: the first dimension of every tensor with two or more. All other sizes, dtypes and
 # plain arguments are part of the compiled code; no length of the stream compiles anything again.
 
-LIBRARY = torch.library.Library("coach", "FRAGMENT")
+LIBRARY = library.Library("coach", "FRAGMENT")
 TYPICAL_T, TYPICAL_S = 4096, 512  # what code is made for; always the same, so that two runs have the same code
 MOST_NUMBERS = 2**31 - 1  # that 32 bits index
 OPTIONS = {  # of inductor
@@ -41,9 +41,9 @@ class Compiled:
         self.plain, self.name, self.columns_vary = plain, plain.__name__, columns_vary
         self.code: dict[Any, Callable[..., Any]] = {}  # by dtypes, sizes and plain values
         self.seconds = 0.0  # that compiling took, or reading what a former process had compiled
-        LIBRARY.define(self.name + torch.library.infer_schema(plain, mutates_args=()))
+        LIBRARY.define(self.name + library.infer_schema(plain, mutates_args=()))
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"coach::{self.name}", plain, lib=LIBRARY)
+        library.register_fake(f"coach::{self.name}", plain, lib=LIBRARY)
         declare(f"coach::{self.name}", category, lambda arguments, results: Work(
             num_bytes=once([*arguments, *arguments[:read_twice]], results).num_bytes, launches=launches))
         self.operator = getattr(torch.ops.coach, self.name).default

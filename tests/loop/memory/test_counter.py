@@ -4,6 +4,7 @@ from collections import Counter as Tally
 
 import pytest
 import torch
+from torch import library
 from torch.profiler import ProfilerActivity, profile
 
 from loop.config import load_config
@@ -157,9 +158,9 @@ def test_views_move_nothing_and_what_is_broadcast_is_read_once():
 
 
 def test_an_operator_declares_its_work_and_its_purpose():
-    with torch.library._scoped_library("coach_test", "FRAGMENT") as library:
-        library.define("twice(Tensor x) -> Tensor")
-        library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+    with library._scoped_library("coach_test", "FRAGMENT") as operators:
+        operators.define("twice(Tensor x) -> Tensor")
+        operators.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
         x = torch.ones(10)
         for declared, expected in ((None, Work(0, 80, 1)), (lambda arguments, results: Work(5, 7, 3), Work(5, 7, 3))):
             declare("coach_test::twice", "elementwise", declared)
