@@ -81,12 +81,18 @@ def neighbour(directory, rng):
         thread.join()
 
 
+def saved(run):
+    """The checkpoints that a run has reported, by name."""
+    lines = run.stdout.split("\n")[:-1]  # the last one may be half written
+    return [Path(line.split()[1]).name for line in lines if line.startswith("saved ")]
+
+
 class Cuts:
     """Cuts of one seed.
 
     Args:
         directory: for the images and all files of the runs.
-        seed: decides, with a cut's number, when it comes.
+        seed: decides, with a cut's number, when it comes: after how many checkpoints, and how long after that.
     """
 
     def __init__(self, directory, seed):
@@ -107,18 +113,22 @@ class Cuts:
     def cut(self, number):
         """Cuts one run; returns what is wrong by its kind, and how many checkpoints had been reported as saved."""
         rng = random.Random(f"{self.seed}/{number}")
-        moment_s, keep, is_alone = rng.uniform(0, 1.1 * self.lasts_s), rng.choice((1, 9)), rng.random() < 0.5
+        # so many checkpoints first, whatever a run takes here and now; before the first one lies most of a run's time
+        saved_first = rng.choice([0, 0, *range(1, STEPS + 1)])
+        moment_s = rng.uniform(0, self.lasts_s * (0.1 if saved_first else 1.1))  # a tenth are about two steps
+        keep, is_alone = rng.choice((1, 9)), rng.random() < 0.5
         # files of their own: a loop device that is not yet given back would show what it has read of the file before
         image, copy = (self.directory / f"{name}-{number}" for name in ("image", "copy"))
         shutil.copy(self.directory / "empty", image)
         with mounted(image, self.disk):
-            started = time.monotonic()
             run = self.place.start("cut", f"checkpoint.keep={keep}")
             with neighbour(self.disk, rng) if not is_alone else threading.Lock():
-                time.sleep(max(started + moment_s - time.monotonic(), 0))
+                while len(saved(run)) < saved_first and run.running:
+                    time.sleep(0.005)
+                time.sleep(moment_s)
             with suppress(OSError):  # the run may have ended
                 strace.stop(run.processes[0].pid)
-            reported = [Path(line.split()[1]).name for line in run.stdout.splitlines() if line.startswith("saved ")]
+            reported = saved(run)
             shutil.copy(image, copy)
             run.kill()
         with mounted(copy, self.disk):  # which replays the journal
@@ -186,8 +196,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix="power-cut-") as directory:
         cuts = Cuts(directory, asked.seed)
         for number in chosen:
-            wrong, saved = cuts.cut(number)
-            num_saved += saved
+            wrong, reported = cuts.cut(number)
+            num_saved += reported
             for fault, what in wrong.items():
                 counts[fault] += 1
                 print(f"cut {number}: {fault}: {what}\n    python -m tests.power_cut --seed {asked.seed} --cut {number}",

@@ -11,7 +11,7 @@ from tests import power_cut
 def test_after_a_power_cut_all_that_was_reported_is_on_the_disk_and_a_resume_ends_like_the_uninterrupted_run(tmp_path):
     if why := power_cut.missing():
         pytest.skip(why)
-    cuts = power_cut.Cuts(tmp_path, seed=3)
+    cuts = power_cut.Cuts(tmp_path, seed=4)
     outcomes = [cuts.cut(number) for number in range(2)]
     assert [wrong for wrong, _ in outcomes] == [{}, {}]
     assert sum(saved for _, saved in outcomes) >= 2, "the cuts come after a checkpoint was reported"
