@@ -1,5 +1,6 @@
 """Cross-entropy at supervised positions only, a chunk of logits at a time.
-Keeps the gradient of the hidden states (N x D) for the backward pass, and at most CHUNK rows of logits while it runs."""
+Keeps the gradient of the hidden states (N x D) for the backward pass; while it runs CHUNK rows of logits and of their gradient,
+and without compiled code the same once more in float32."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ops.compiled import compiled
+
 # N supervised positions, C of them in a chunk, D hidden size, V vocabulary
 
 CHUNK_MULTIPLE = 64  # the last chunk is padded: oneDNN keeps a kernel for every shape of a matmul, and N varies
-CHUNK = 256  # positions; at Qwen's 151,936 tokens a chunk of float32 logits takes 0.15 GiB
+CHUNK = 256  # positions; at Qwen's 151,936 tokens logits and gradient of a chunk in bf16 take 0.15 GiB
 
 
 def supervised_losses(h_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
@@ -37,18 +40,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             num, missing = len(h_CD), -len(h_CD) % CHUNK_MULTIPLE
             if missing:
                 h_CD, labels_C = F.pad(h_CD, (0, 0, 0, missing)), F.pad(labels_C, (0, missing))
-            logits_CV = (h_CD @ head_VD.T).float()
-            label_C1 = labels_C[:, None]
-            most_C1, label_logit_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, label_C1)
-            exp_CV = logits_CV.sub_(most_C1).exp_()  # in place of the logits; torch's `logsumexp` would make a second one
-            sum_C1 = exp_CV.sum(-1, keepdim=True)
-            losses_N[chunk] = (sum_C1.log() + most_C1 - label_logit_C1)[:num, 0]
-            if dh_ND is not None:
-                dlogits_CV = exp_CV.div_(sum_C1)  # the softmax
-                dlogits_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1, dtype=torch.float32))
-                dh_ND[chunk] = (dlogits_CV.to(h_ND.dtype) @ head_VD)[:num]
-                del dlogits_CV
-            del logits_CV, exp_CV  # before the next chunk's logits, so that only one chunk exists at a time
+            if dh_ND is None:
+                losses_N[chunk] = cross_entropy(h_CD @ head_VD.T, labels_C[:, None])[:num, 0]
+            else:
+                losses_C1, dlogits_CV = cross_entropy_and_gradient(h_CD @ head_VD.T, labels_C[:, None])
+                losses_N[chunk] = losses_C1[:num, 0]
+                dh_ND[chunk] = (dlogits_CV @ head_VD)[:num]
+                del dlogits_CV  # before the next chunk's logits, so that only one chunk exists at a time
         if dh_ND is not None:
             ctx.save_for_backward(dh_ND)
         return losses_N
@@ -57,3 +55,28 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor, None, None]:
         (dh_ND,) = ctx.saved_tensors
         return dh_ND * dlosses_N[:, None].to(dh_ND.dtype), None, None
+
+
+@compiled("loss")
+def cross_entropy(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
+    """The loss of each position, [C, 1] in float32."""
+    losses_C1, _, _ = in_float32(logits_CV, labels_C1)
+    return losses_C1
+
+
+@compiled("loss")
+def cross_entropy_and_gradient(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """As `cross_entropy`, and the gradient of the logits: what softmax makes of them, less 1 at the label."""
+    losses_C1, exp_CV, sum_C1 = in_float32(logits_CV, labels_C1)
+    token_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    return losses_C1, exp_CV.div_(sum_C1).add_(token_V == labels_C1, alpha=-1).to(logits_CV.dtype)
+
+
+def in_float32(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, and the softmax before it is divided by its sum; makes one tensor in float32 (torch's `logsumexp` makes two)."""
+    most_C1 = logits_CV.amax(1, keepdim=True)
+    shifted_CV = logits_CV.float().sub_(most_C1) if logits_CV.dtype != torch.float32 else logits_CV - most_C1
+    label_C1 = shifted_CV.gather(1, labels_C1)
+    exp_CV = shifted_CV.exp_()
+    sum_C1 = exp_CV.sum(1, keepdim=True)
+    return sum_C1.log() - label_C1, exp_CV, sum_C1

@@ -15,6 +15,7 @@ from model.ops.cpu_attention import weights, weights_and_dscores
 from model.ops.fused import SwiGlu, swiglu, swiglu_backward
 from model.ops.gates import delta_gates, delta_gates_backward, gated, gated_backward
 from model.ops.heads import norm_and_rotate, norm_and_rotate_backward, rotate_heads
+from model.ops.loss import cross_entropy, cross_entropy_and_gradient
 from model.ops.norms import FusedNorm, add_norm, gated_norm, gated_norm_backward, norm, norm_backward
 from model.ops.work import DECLARED
 from model.sizes import Sizes
@@ -57,6 +58,7 @@ def cases(dtype, length):
         (gated_backward, dy, x, some(length, 1)), (gated_backward, dq, wide, q),
         (delta_gates, a, b, log_rate, bias), (delta_gates_backward, a.float(), b, b, a, log_rate, bias),
         (weights, x, dy), (weights_and_dscores, x, dy, dx, x, rstd),
+        *[(function, x, torch.randint(D, (length, 1))) for function in (cross_entropy, cross_entropy_and_gradient)],
     ]
 
 
@@ -72,7 +74,7 @@ def test_every_compiled_function_is_compared_here():
     assert {function.name for function, *_ in cases(torch.float32, 3)} == {function.name for function in ALL}
 
 
-@pytest.mark.parametrize("dtype, number", [(dtype, i) for dtype in (torch.float32, torch.bfloat16) for i in range(21)])
+@pytest.mark.parametrize("dtype, number", [(dtype, i) for dtype in (torch.float32, torch.bfloat16) for i in range(23)])
 def test_compiled_equals_plain_at_every_length_with_the_same_code(dtype, number):
     function, *arguments = cases(dtype, 200)[number]
     function(*arguments)
@@ -80,7 +82,7 @@ def test_compiled_equals_plain_at_every_length_with_the_same_code(dtype, number)
     for length in (2, 37, 200):
         function, *arguments = cases(dtype, length)[number]
         found, plain = several(function(*arguments)), several(function.plain(*arguments))
-        exact = several(function.plain(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments)))
+        exact = several(function.plain(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments)))
         for mine, theirs, truth in zip(found, plain, exact, strict=True):
             assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.is_contiguous()
             if dtype == torch.float32:

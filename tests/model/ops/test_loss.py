@@ -1,9 +1,13 @@
 """Chunked cross-entropy against torch's, with all logits at once."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from loop.memory.ledger import Ledger
+from model.devices import taking
 from model.ops import loss
 from model.ops.loss import supervised_losses
 
@@ -59,13 +63,11 @@ def test_without_gradients_none_is_computed():
         assert supervised_losses(h, head, labels).grad_fn is None
 
 
-def test_one_chunk_of_logits_in_float32_is_the_most_that_exists():
-    """torch's logsumexp would make a second one."""
-    from loop.memory.ledger import Ledger
-    from model.ops.loss import CHUNK
-
+@pytest.mark.parametrize("is_compiled, num_bytes", [(True, 2 + 2), (False, 2 + 4 + 2)])
+def test_no_more_than_one_chunk_of_logits_exists(is_compiled, num_bytes):
+    """With its gradient, and where nothing is compiled also in float32; torch's logsumexp would make a second one of these."""
     vocabulary, hidden = 4000, 8
-    h, head = torch.randn(3 * CHUNK, hidden, requires_grad=True), torch.randn(vocabulary, hidden)
-    with Ledger(with_sites=False) as ledger:
-        supervised_losses(h, head, torch.arange(3 * CHUNK))
-    assert ledger.peak < 1.1 * 4 * CHUNK * vocabulary
+    h, head = torch.randn(3 * loss.CHUNK, hidden).bfloat16().requires_grad_(), torch.randn(vocabulary, hidden).bfloat16()
+    with taking("compiled") if is_compiled else nullcontext(), Ledger(with_sites=False) as ledger:
+        supervised_losses(h, head, torch.arange(3 * loss.CHUNK))
+    assert ledger.peak < 1.1 * num_bytes * loss.CHUNK * vocabulary
