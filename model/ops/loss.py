@@ -60,23 +60,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 @compiled("loss")
 def cross_entropy(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
     """The loss of each position, [C, 1] in float32."""
-    losses_C1, _, _ = in_float32(logits_CV, labels_C1)
-    return losses_C1
+    return log_of_sum(logits_CV) - logits_CV.gather(1, labels_C1)
 
 
 @compiled("loss")
 def cross_entropy_and_gradient(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy`, and the gradient of the logits: what softmax makes of them, less 1 at the label."""
-    losses_C1, exp_CV, sum_C1 = in_float32(logits_CV, labels_C1)
-    token_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
-    return losses_C1, exp_CV.div_(sum_C1).add_(token_V == labels_C1, alpha=-1).to(logits_CV.dtype)
+    """As `cross_entropy`, and the gradient of the logits: the softmax, less 1 at the label."""
+    log_sum_C1, token_V = log_of_sum(logits_CV), torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    # the exponents are computed once more, so that compiled code keeps none of them
+    softmax_CV = less(logits_CV, log_sum_C1).exp_()
+    dlogits_CV = softmax_CV.add_(token_V == labels_C1, alpha=-1).to(logits_CV.dtype)
+    return log_sum_C1 - logits_CV.gather(1, labels_C1), dlogits_CV
 
 
-def in_float32(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, and the softmax before it is divided by its sum; makes one tensor in float32 (torch's `logsumexp` makes two)."""
-    most_C1 = logits_CV.amax(1, keepdim=True)
-    shifted_CV = logits_CV.float().sub_(most_C1) if logits_CV.dtype != torch.float32 else logits_CV - most_C1
-    label_C1 = shifted_CV.gather(1, labels_C1)
-    exp_CV = shifted_CV.exp_()
-    sum_C1 = exp_CV.sum(1, keepdim=True)
-    return sum_C1.log() - label_C1, exp_CV, sum_C1
+def log_of_sum(logits_CV: Tensor) -> Tensor:
+    """The logarithm of the sum of exp(logits), [C, 1] in float32, in place of torch's `logsumexp`, which makes two copies."""
+    most_C1 = logits_CV.amax(1, keepdim=True).float()
+    return less(logits_CV, most_C1).exp_().sum(1, keepdim=True).log_().add_(most_C1)
+
+
+def less(logits_CV: Tensor, x_C1: Tensor) -> Tensor:
+    return logits_CV.to(torch.float32, copy=True).sub_(x_C1)
