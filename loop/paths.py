@@ -28,6 +28,7 @@ from model.moe.expert_weights import MATRICES
 from model.moe.experts import FrozenExperts, has_grouped_kernel
 from model.ops.fused import SwiGlu
 from model.ops.heads import PlaceHeads
+from model.ops.loss import cross_entropy, cross_entropy_and_gradient
 from model.ops.norms import FusedNorm
 from model.quant import LINEARS
 from model.sizes import Sizes
@@ -35,7 +36,6 @@ from model.sizes import Sizes
 BIAS_LIMIT = 0.003  # of the share by which results are too large or too small on the whole; rounding hardly moves the share
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.008}  # limit of the relative error, where a path has no limit of its own
 VERSIONS = ("torch", "transformers", "bitsandbytes", "triton", "fla-core")
-
 
 Case = Callable[[Sizes, torch.dtype, torch.device], list[Tensor]]
 
@@ -125,7 +125,7 @@ def optimizer(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor
 
 
 def compiled(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """What the model's layers compute elementwise, for a few tokens."""
+    """What the model computes elementwise, for a few tokens."""
     def some(*shape: int, seed: int = 1) -> Tensor:
         return random(*shape, dtype=dtype, device=device, seed=seed).requires_grad_()
 
@@ -141,7 +141,9 @@ def compiled(s: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]
     norms = None if s.kind == "llama" else (FusedNorm(some(size, seed=4).detach(), 1e-6, is_new),) * 2
     q, k = some(64, s.heads, size * (1 + is_new)), some(64, s.kv_heads, size, seed=3)  # a new query has a gate beside it
     cos, sin = (some(64, s.rotated // 2, seed=i).detach().repeat(1, 2) for i in (5, 6))
-    return found + both(lambda q, k: PlaceHeads.apply(q[..., :size], k, norms, cos, sin), q, k)
+    found += both(lambda q, k: PlaceHeads.apply(q[..., :size], k, norms, cos, sin), q, k)
+    logits, labels = some(16, s.vocabulary, seed=7).detach(), torch.arange(16, device=device)[:, None]
+    return [*found, cross_entropy(logits, labels), *cross_entropy_and_gradient(logits, labels)]
 
 
 @dataclass(frozen=True)

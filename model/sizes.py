@@ -12,6 +12,7 @@ class Sizes:
 
     tokens: int
     hidden: int
+    vocabulary: int
     num_out: int  # rows of the largest linear
     heads: int
     kv_heads: int
@@ -37,15 +38,15 @@ class Sizes:
         delta: tuple[int, int, int] = (
             get("linear_num_key_heads"), get("linear_num_value_heads"), get("linear_key_head_dim")) if has_delta else (0, 0, 0)
         rotated = int(head_size * (get("rope_parameters") or {}).get("partial_rotary_factor", 1))
-        return cls(tokens, model.hidden_size, inner, model.num_attention_heads, model.num_key_value_heads, head_size,
-                   get("num_experts"), get("moe_intermediate_size"), *delta, rotated, model.model_type, base)
+        return cls(tokens, model.hidden_size, model.vocab_size, inner, model.num_attention_heads, model.num_key_value_heads,
+                   head_size, get("num_experts"), get("moe_intermediate_size"), *delta, rotated, model.model_type, base)
 
     def small(self, on_gpu: bool = False) -> Sizes:
         """A size that takes no time. On a GPU with all heads: a kernel is compiled and tuned for their number and size."""
         if on_gpu:
             return replace(self, tokens=2048, hidden=min(self.hidden, 1024), num_out=min(self.num_out, 2048),
                            experts=min(self.experts, 8))
-        return Sizes(192, min(self.hidden, 256), min(self.num_out, 512), min(self.heads, 4), min(self.kv_heads, 2),
-                     self.head_size, min(self.experts, 4), min(self.expert_size, 128), min(self.key_heads, 2),
-                     2 * min(self.key_heads, 2) if self.value_heads else 0, self.delta_size, self.rotated, self.kind,
-                     self.base)
+        return Sizes(192, min(self.hidden, 256), min(self.vocabulary, 512), min(self.num_out, 512), min(self.heads, 4),
+                     min(self.kv_heads, 2), self.head_size, min(self.experts, 4), min(self.expert_size, 128),
+                     min(self.key_heads, 2), 2 * min(self.key_heads, 2) if self.value_heads else 0, self.delta_size,
+                     self.rotated, self.kind, self.base)

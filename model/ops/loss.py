@@ -57,13 +57,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dh_ND * dlosses_N[:, None].to(dh_ND.dtype), None, None
 
 
-@compiled("loss")
+@compiled("loss", read_twice=1)
 def cross_entropy(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
     """The loss of each position, [C, 1] in float32."""
     return log_of_sum(logits_CV) - logits_CV.gather(1, labels_C1)
 
 
-@compiled("loss")
+@compiled("loss", launches=2, read_twice=1)
 def cross_entropy_and_gradient(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
     """As `cross_entropy`, and the gradient of the logits: the softmax, less 1 at the label."""
     log_sum_C1, token_V = log_of_sum(logits_CV), torch.arange(logits_CV.shape[1], device=logits_CV.device)

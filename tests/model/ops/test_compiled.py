@@ -62,6 +62,10 @@ def cases(dtype, length):
     ]
 
 
+def in_float64(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
 def several(result):
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
@@ -82,7 +86,7 @@ def test_compiled_equals_plain_at_every_length_with_the_same_code(dtype, number)
     for length in (2, 37, 200):
         function, *arguments = cases(dtype, length)[number]
         found, plain = several(function(*arguments)), several(function.plain(*arguments))
-        exact = several(function.plain(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments)))
+        exact = several(function.plain(*map(in_float64, arguments)))
         for mine, theirs, truth in zip(found, plain, exact, strict=True):
             assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.is_contiguous()
             if dtype == torch.float32:
