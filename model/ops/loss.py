@@ -66,11 +66,11 @@ def cross_entropy(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
 @compiled("loss", launches=2, read_twice=1)
 def cross_entropy_and_gradient(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
     """As `cross_entropy`, and the gradient of the logits: the softmax, less 1 at the label."""
-    log_sum_C1, token_V = log_of_sum(logits_CV), torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    log_sum_C1, label_logit_C1 = log_of_sum(logits_CV), logits_CV.gather(1, labels_C1)
     # the exponents are computed once more, so that compiled code keeps none of them
-    softmax_CV = less(logits_CV, log_sum_C1).exp_()
-    dlogits_CV = softmax_CV.add_(token_V == labels_C1, alpha=-1).to(logits_CV.dtype)
-    return log_sum_C1 - logits_CV.gather(1, labels_C1), dlogits_CV
+    dlogits_CV = less(logits_CV, log_sum_C1).exp_().to(logits_CV.dtype)
+    dlogits_CV.scatter_(1, labels_C1, (label_logit_C1 - log_sum_C1).exp_().sub_(1).to(logits_CV.dtype))
+    return log_sum_C1 - label_logit_C1, dlogits_CV
 
 
 def log_of_sum(logits_CV: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def cases(dtype, length):
         (gated, x, some(length, 1), dx), (gated, wide, q, None),
         (gated_backward, dy, x, some(length, 1)), (gated_backward, dq, wide, q),
         (delta_gates, a, b, log_rate, bias), (delta_gates_backward, a.float(), b, b, a, log_rate, bias),
-        (weights, x, dy), (weights_and_dscores, x, dy, dx, x, rstd),
+        (weights, x, dy), (weights_and_dscores, x, dy, dx),
         *[(function, x, torch.randint(D, (length, 1))) for function in (cross_entropy, cross_entropy_and_gradient)],
     ]
 
