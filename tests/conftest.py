@@ -30,6 +30,12 @@ for number in (signal.SIGINT, signal.SIGHUP):  # ignored in background jobs and 
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def usual_recursion_limit():
+    """torch's compiler raises it for the whole process, and what is said of nested files depends on it."""
+    sys.setrecursionlimit(1000)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizers(tmp_path_factory):
     """Byte-level ChatML tokenizers with the published kinds of generation prompt."""
