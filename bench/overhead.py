@@ -113,12 +113,13 @@ def measure(bench: Bench, rounds: int, steps: int) -> str:
         marks += [100 * (pair[True] / pair[False] - 1) for pair in pairs]
     step_s, alone_s = statistics.median(written_s), statistics.median(bench.marks_alone() for _ in range(200))
     share, held = (100 * statistics.median(values) / (EVERY * step_s) for values in (extra_s, held_s))
+    noise = 1.25 * statistics.stdev(marks) / len(marks) ** 0.5  # the standard error of a median
     size = sum(file.stat().st_size for file in max(bench.config.run_dir.glob("step-*")).iterdir())
     lines = ["| | costs | at most |", "|---|---|---|",
              f"| a checkpoint of {size / 1e6:.0f} MB every {EVERY} steps of {step_s:.2f} s, against none | {share:.2f} % "
              f"(the loop was held up for {held:.2f} %) | 1 % |",
-             f"| memory marks and metrics, against none | {statistics.median(marks):.2f} % (alone they take "
-             f"{1e3 * alone_s:.2f} ms, {100 * alone_s / step_s:.3f} %) | 0.5 % |"]
+             f"| memory marks and metrics, against none | {statistics.median(marks):.2f} +- {noise:.2f} % (alone they "
+             f"take {1e3 * alone_s:.2f} ms, {100 * alone_s / step_s:.3f} %) | 0.5 % |"]
     return f"{machine('transformers')}\n{rounds} rounds in turns, medians.\n\n" + "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 Compares CPU seconds, which other processes change little. With --threads N it compares wall seconds, and discards a case
 whose wall time is more than BUSY times its CPU time by thread.
 
-python bench/prediction.py            # prints the table, a few minutes; needs `python -m model.smollm2`
+python bench/prediction.py            # prints the table, 12 minutes; needs `python -m model.smollm2`
 python bench/prediction.py --write    # and puts it into bench/README.md
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from datetime import date
@@ -72,11 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="of a prediction and a measurement, one right after the other")
     parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = [f"{date.today()}. {platform.processor() or platform.machine()}, {args.threads} thread(s), torch "
-             f"{torch.__version__}; the mean of {args.steps} steps after the first.", "",
+             f"{torch.__version__}; the mean of {args.steps} steps after the first, medians of {args.rounds} rounds (least to "
+             "most).", "",
              "| | | predicted, s | measured, s | predicted / measured | of it most |", "|---|---|---|---|---|---|"]
     print("\n".join(lines))
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,13 +92,23 @@ def main() -> None:
             rows = read_rows(config, model)
             workload = Workload(config, model, "cpu", 1, 1, rows, RowLengths.of(rows)) if rows else None
             assert workload is not None, "the demo's rows are not here"
-            forecast = predicted(config, model, workload, args.threads)
-            cpu_s, wall_s = measured(config, model, workload, args.steps)
-            took = cpu_s if args.threads == 1 else wall_s
-            busy = args.threads > 1 and wall_s * args.threads > BUSY * cpu_s
-            ratio = "discarded: the machine is busy" if busy else f"{forecast.seconds / took:.2f}"
+            pairs: list[tuple[float, float]] = []
+            for _ in range(3 * args.rounds):
+                forecast = predicted(config, model, workload, args.threads)
+                cpu_s, wall_s = measured(config, model, workload, args.steps)
+                if args.threads > 1 and wall_s * args.threads > BUSY * cpu_s:
+                    print(f"discarded: the machine is busy ({wall_s:.3f} s, {cpu_s:.3f} CPU seconds)", flush=True)
+                    continue
+                pairs.append((forecast.seconds, cpu_s if args.threads == 1 else wall_s))
+                if len(pairs) == args.rounds:
+                    break
+            if not pairs:
+                sys.exit("the machine was busy all the time")
+            before_s, took_s = (statistics.median(seconds) for seconds in zip(*pairs))
+            ratios = sorted(forecast_s / step_s for forecast_s, step_s in pairs)
             most = max(forecast.by_purpose, key=lambda purpose: forecast.by_purpose[purpose])
-            lines.append(f"| {name} | {' '.join(settings)} | {forecast.seconds:.3f} | {took:.3f} | {ratio} | {most} |")
+            lines.append(f"| {name} | {' '.join(settings)} | {before_s:.3f} | {took_s:.3f} | {statistics.median(ratios):.2f} "
+                         f"({ratios[0]:.2f} to {ratios[-1]:.2f}) | {most} |")
             print(lines[-1], flush=True)
     if args.write:
         write("prediction", "\n".join(lines))
