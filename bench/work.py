@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 from typing import Callable
 
@@ -85,7 +86,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into bench/README.md")
     args = parser.parse_args()
     off = ", ".join(sorted(PLAIN))
-    lines = [f"| RTX 5090 | at a492850 | now, without {off} | now | now / a492850 |", "|---|---|---|---|---|"]
+    lines = [f"{date.today()}, by the plan of RTX 5090s; the column in the middle without the fast paths named there.", "",
+             f"| RTX 5090 | at a492850 | now, without {off} | now | now / a492850 |", "|---|---|---|---|---|"]
     print("\n".join(lines))
     for what, function, form, base in ROWS:
         OFF.update(PLAIN)
