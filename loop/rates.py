@@ -145,13 +145,16 @@ def timed(step: LastLayers, lengths: Sequence[int], num_threads: int) -> Rates:
     for length in lengths:
         some += [min(length, step.most_tokens - sum(some))] * (sum(some) < step.most_tokens)
     step.operations(some)  # makes gradients, optimizer states and oneDNN's kernels
+    few = step.operations([FEW_TOKENS])
+    least_s = sorted(operation.seconds for operation in few)[len(few) // 10]  # of an operation that does hardly anything
     alike: dict[tuple[str, str, Work], list[float]] = defaultdict(list)
     for operation in (operation for _ in range(ROUNDS) for operation in step.operations(some)):
         alike[kind_of(operation), operation.name, operation.work].append(operation.seconds)
     units, seconds = defaultdict[str, float](float), defaultdict[str, float](float)
     for (kind, _, work), took in alike.items():
         units[kind] += len(took) * (work.flops or work.num_bytes)
-        seconds[kind] += len(took) * median(took)  # leaves out when the operating system did something else
+        took_s = median(took)  # leaves out when the operating system did something else
+        seconds[kind] += len(took) * max(took_s - least_s, took_s / 5)  # each call is counted by itself, below
     speed = num_threads if device.type == "cpu" else 1
     by_kind = {kind: (UNLIMITED, speed * units[kind] / took) for kind, took in seconds.items() if units[kind]}
     # a matmul so small that it only reads its weights takes as long as other operations with as many bytes
@@ -162,7 +165,6 @@ def timed(step: LastLayers, lengths: Sequence[int], num_threads: int) -> Rates:
         card = torch.cuda.get_device_properties(device)
         rates = replace(rates, name=card.name, link=PCIE_LINK, memory_gib=card.total_memory / 2**30, generation=card.major,
                         kernel_s=KERNEL_S, waits=False)
-    few = step.operations([FEW_TOKENS])
     whole = median(step.seconds([FEW_TOKENS]) for _ in range(2 * ROUNDS))
     known = speed * sum(rates.total(few).values()) if rates.waits else 0.0
     return replace(rates, call_s=max(whole - known, 0.0) / len(few))

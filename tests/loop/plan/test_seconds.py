@@ -12,7 +12,7 @@ from loop.pipeline.split import RowLengths
 from loop.plan import __main__ as plan
 from loop.plan.seconds import Forecast, Shape
 from loop.plan.workload import Workload
-from loop.rates import CARDS, Rates, kind_of, measure
+from loop.rates import CARDS, Rates, kind_of, measure, timed
 from model.ops.work import Work
 from model.tiny.write import write_tiny
 
@@ -45,6 +45,28 @@ def test_calls_wait_on_a_cpu_and_a_card_works_through_a_queue():
     # nothing to do but to wait for calls
     assert card().total([small] * 10) == {"elementwise": 10.25}
     assert card().total([small._replace(work=Work(0, 1, 4))]) == {"elementwise": 5.0}
+
+
+class Step:
+    """Of 20 elementwise operations at 1 GB/s and 20 matmuls at 10 GFLOP/s; each call takes 10 microseconds of its own."""
+
+    device, most_tokens = CPU, 1000
+
+    def operations(self, lengths):
+        small, large = 4 * sum(lengths), 1000 * sum(lengths)
+        return 20 * [operation("elementwise", 0, small)._replace(seconds=1e-5 + small / 1e9),
+                     operation("base matmul", large, 1)._replace(seconds=1e-5 + large / 1e10)]
+
+    def seconds(self, lengths):
+        return sum(made.seconds for made in self.operations(lengths))
+
+
+def test_what_a_call_takes_is_no_part_of_a_rate():
+    rates = timed(Step(), [600, 600], 1)
+    assert rates.by_kind["elementwise"][1] == pytest.approx(1e9, rel=0.03)
+    assert rates.by_kind["base matmul"][0] == pytest.approx(1e10, rel=0.03)
+    assert rates.call_s == pytest.approx(1e-5, rel=0.03)
+    assert sum(rates.total(Step().operations([500])).values()) == pytest.approx(Step().seconds([500]), rel=0.02)
 
 
 @pytest.fixture(scope="module")
