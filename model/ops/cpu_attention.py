@@ -1,4 +1,4 @@
-"""Attention in half precision on a CPU, by matmuls over blocks of queries that fit a core's cache.
+"""Attention in half precision on a CPU, by matmuls over blocks of queries, so that not all scores exist at once.
 Keeps q, k, v and the output for the backward pass, which computes the scores again; needs 10 MiB for one block."""
 
 from __future__ import annotations
@@ -78,10 +78,6 @@ class Block(NamedTuple):
     num_positions: int
 
 
-def positions_of_block(num_shared: int, length: int) -> int:
-    return min(max(BLOCK_SCORES // (num_shared * length), LEAST_ROWS), MOST_ROWS, length)
-
-
 class Room:
     """Where all blocks compute, one after another: to touch fresh memory takes longer than what is computed in it.
     Enough for a segment as long as the stream, so that memory does not depend on how rows are packed; what no block touches
@@ -97,9 +93,10 @@ class Room:
         self.future_MS = future.repeat_interleave(self.num_shared, 0)
 
     def blocks(self, lengths: tuple[int, ...]) -> Iterator[Block]:
+        """The blocks of all segments, in order."""
         begin = 0
         for length in lengths:
-            step = positions_of_block(self.num_shared, length)
+            step = min(max(BLOCK_SCORES // (self.num_shared * length), LEAST_ROWS), MOST_ROWS, length)
             for start in range(begin, begin + length, step):
                 stop = min(start + step, begin + length)
                 num_heads = max(BLOCK_SCORES // (self.num_shared * (stop - start) * (stop - begin)), 1)

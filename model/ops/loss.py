@@ -80,4 +80,5 @@ def log_of_sum(logits_CV: Tensor) -> Tensor:
 
 
 def less(logits_CV: Tensor, x_C1: Tensor) -> Tensor:
+    """logits - x in a float32 tensor of its own, which may be changed in place."""
     return logits_CV.to(torch.float32, copy=True).sub_(x_C1)
