@@ -152,6 +152,7 @@ EOF
     for split in train eval; do
       [ "$node_rank" = 0 ] || break  # the other hosts get their rows from the first one
       file=$(setting "data.$split" "$split" <(grep -A1 '^data:' "$config") "$@")
+      [[ $split == eval && $file =~ ^[0-9.]+$ ]] && break  # so many rows of the other file are held out
       [ -f "$file" ] || [[ $said == *"$file"* ]] || problems+=("$file is missing. Put your $split rows there as JSONL (README.md, \"Your own data\"), or add data.$split=FILE to this command")
     done
     if [ ${#problems[@]} -gt 0 ]; then

@@ -84,11 +84,11 @@ class BadRow(Exception):
         self.reason, self.detail = reason, detail
 
 
-ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 OVERLONG = "over max_tokens"  # the reason of rows that are longer than data.max_tokens
 MAX_SHOWN = 20  # rows that an error lists
 NO_SOURCE = "(none)"  # the source of a row without metadata.source, where all sources are trained on
-SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 EXPECTED = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
@@ -182,7 +182,7 @@ def parse_json(raw: bytes, first: bool) -> dict:
     except (ValueError, RecursionError) as error:  # thousands of digits in a number; a thousand nested brackets
         raise BadRow("not JSON", str(error)) from None
     if not isinstance(record, dict):
-        raise BadRow("not a JSON object", f"found {type(record).__name__}")
+        raise BadRow("not a JSON object", f"found {type(record).__name__}; expected {EXPECTED}")
     return record
 
 
@@ -191,31 +191,21 @@ def read_source(record: dict, config: DataConfig) -> str:
     if not isinstance(metadata, dict) or not isinstance(metadata.get("source"), str):
         if config.sources is None:
             return NO_SOURCE
-        raise BadRow("metadata.source missing", f"metadata is {str(metadata)[:80]}; data.sources=null takes rows without it")
+        read_messages(record)  # says first what keeps the row from being trained on with any source
+        found = f"metadata is {str(metadata)[:80]}" if "metadata" in record else "the row has no metadata"
+        raise BadRow("metadata.source missing", f"{found}; data.sources=null takes rows without it")
     check_unicode("metadata.source", metadata["source"])
     return metadata["source"]
 
 
 def read_row(record: dict, line: int, source: str, think: str) -> Row:
     """Checks the roles, parses every answer, and puts assistant contents into canonical form."""
-    messages = record.get("messages")
-    if messages is None and isinstance(record.get("conversations"), list):
-        messages = from_sharegpt(record["conversations"])
-    if not isinstance(messages, list) or not messages:
-        there = f"the row has {', '.join(record)[:80] or 'no key'}"
-        found = f"messages is {str(messages)[:80]}" if "messages" in record else there
-        raise BadRow("messages missing", f"{found}; expected {EXPECTED}")
-    if len(messages) > 2 * MAX_TURNS + 1:
-        raise BadRow("too many turns", f"found {len(messages):,} messages, allowed are {2 * MAX_TURNS + 1}")
-    for index, message in enumerate(messages):
-        check_message(index, message)
-    check_order([message["role"] for message in messages])
-
+    key, messages = messages_key(record), read_messages(record)
     canonical, turns = [], []
     for index, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant":
-            turn = parse_answer(content, think, index)
+            turn = parse_answer(content, think, f"{key}[{index}]")
             turns.append(turn)
             content = turn.answer if turn.thought is None else thought_and_answer(turn.thought, turn.answer)
         canonical.append({"role": message["role"], "content": content})
@@ -226,10 +216,22 @@ def read_row(record: dict, line: int, source: str, think: str) -> Row:
     return row
 
 
-def from_sharegpt(conversations: list) -> list:
-    """ShareGPT's `from` and `value` as `role` and `content`; what is neither stays as it is, and is refused by its name."""
-    return [{"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
-            if isinstance(turn, dict) and "from" in turn else turn for turn in conversations]
+def messages_key(record: dict) -> str:
+    return "conversations" if record.get("messages") is None and "conversations" in record else "messages"
+
+
+def read_messages(record: dict) -> list[dict[str, str]]:
+    """The row's messages as role and content, their roles in order; ShareGPT's `conversations` in the same form."""
+    key = messages_key(record)
+    found = record.get(key)
+    if not isinstance(found, list) or not found:
+        there = f"{key} is {str(found)[:80]}" if key in record else f"the row has {', '.join(record)[:80] or 'no key'}"
+        raise BadRow("messages missing", f"{there}; expected {EXPECTED}")
+    if len(found) > 2 * MAX_TURNS + 1:
+        raise BadRow("too many turns", f"found {len(found):,} messages, allowed are {2 * MAX_TURNS + 1}")
+    messages = [read_message(f"{key}[{index}]", message) for index, message in enumerate(found)]
+    check_order([message["role"] for message in messages])
+    return messages
 
 
 def hashed(messages: list) -> float:
@@ -238,15 +240,19 @@ def hashed(messages: list) -> float:
     return int.from_bytes(hashlib.sha256(json.dumps(said).encode()).digest()[:6]) / 2**48
 
 
-def check_message(index: int, message: object) -> None:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise BadRow("message without a role", f"messages[{index}] is {str(message)[:80]}")
-    if message["role"] not in ROLES:
-        raise BadRow("unknown role", f"messages[{index}].role is {message['role'][:80]!r}, expected one of {', '.join(ROLES)}")
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise BadRow("message without text", f"messages[{index}].content is {str(content)[:80]}, expected a string")
-    check_unicode(f"messages[{index}].content", content)
+def read_message(where: str, message: object) -> dict[str, str]:
+    """One message as role and content, which ShareGPT calls `from` and `value`."""
+    is_sharegpt = isinstance(message, dict) and "from" in message
+    role_key, text_key, roles = ("from", "value", SHAREGPT_ROLES) if is_sharegpt else ("role", "content", ROLES)
+    if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
+        raise BadRow("message without a role", f"{where} is {str(message)[:80]}")
+    role, text = message[role_key], message.get(text_key)
+    if role not in roles:
+        raise BadRow("unknown role", f"{where}.{role_key} is {role[:80]!r}, expected one of {', '.join(roles)}")
+    if not isinstance(text, str):
+        raise BadRow("message without text", f"{where}.{text_key} is {str(text)[:80]}, expected a string")
+    check_unicode(f"{where}.{text_key}", text)
+    return {"role": roles[role], "content": text}
 
 
 def check_unicode(where: str, text: str) -> None:
@@ -266,13 +272,12 @@ def check_order(roles: list[str]) -> None:
         raise BadRow("roles out of order", f"found {found}; expected [system] user assistant [user assistant ...]")
 
 
-def parse_answer(content: str, think: str, index: int) -> Turn:
+def parse_answer(content: str, think: str, where: str) -> Turn:
     """Separates an answer from its <think> block.
 
     Raises:
         BadRow: a stray or unclosed tag, an empty answer, or (`keep`) a thought that does not open the answer.
     """
-    where = f"messages[{index}]"
     answer = THINK_BLOCK.sub("", content)
     blocks = THINK_BLOCK.findall(content)
     # blocks are checked too, because a block that contains another <think> ends at the first </think>

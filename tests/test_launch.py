@@ -48,10 +48,11 @@ def test_each_host_gets_its_number_and_only_the_first_needs_rows(checkout):
         expected = f"2: -m loop.distributed.launch {across} {script} --config configs/{command}.yaml train.seed=1"
         assert launch(checkout, command, "train.seed=1", NODE_RANK="2", **hosts)[:2] == (0, expected)
         assert launch(checkout, command, "train.seed=1", SLURM_NODEID="2", **hosts)[:2] == (0, expected)
-    for split in ("train", "eval"):
-        program(checkout / f"data/processed/{split}.jsonl", "")
-    assert launch(checkout, "4b")[:2] == (
-        0, "0: -m loop.distributed.launch --nproc-per-node 2 train.py --config configs/4b.yaml")
+    program(checkout / "data/processed/train.jsonl", "")
+    started = "0: -m loop.distributed.launch --nproc-per-node 2 train.py --config configs/4b.yaml"
+    assert launch(checkout, "4b", "data.eval=0.1")[:2] == (0, f"{started} data.eval=0.1")
+    program(checkout / "data/processed/eval.jsonl", "")
+    assert launch(checkout, "4b")[:2] == (0, started)
     assert launch(checkout, "35b")[:2] == (0, "0: pipeline_train.py --config configs/35b.yaml")
 
 

@@ -89,7 +89,7 @@ def check_rows(config: DataConfig) -> None:
         if first is None:
             raise ValueError(f"{path}: no rows. Expected {expected}")
         if isinstance(first, Dropped) and first.bad:
-            refuse(config, name, [first])
+            refuse(config, name, [row for row in read_rows(config, name) if isinstance(row, Dropped) and row.bad])
 
 
 def check_place(run_dir: Path) -> None:

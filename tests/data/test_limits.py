@@ -93,8 +93,9 @@ def test_json_that_is_deep_or_endless_is_a_bad_row(write_rows, line):
 
 def test_json_just_below_the_deepest_is_no_traceback(write_rows):
     """What the parser still takes may be too deep to be shown in the message."""
-    rows = [key % ("[" * depth + "]" * depth) for depth in range(850, 1000) for key in ('{"metadata": %s}', '{"messages": %s, '
-            '"metadata": {"source": "textbook"}}')]
+    right = '"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    rows = [key % ("[" * depth + "]" * depth) for depth in range(850, 1000)
+            for key in ('{"metadata": %s, ' + right + "}", '{"messages": %s, "metadata": {"source": "textbook"}}')]
     reasons = {dropped.reason for dropped in read(write_rows(rows))}
     assert reasons == {"not JSON", "metadata.source missing", "message without a role"}
 

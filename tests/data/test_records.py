@@ -55,6 +55,7 @@ def test_keep_parses_the_thought_and_leaves_out_an_empty_one(write_rows, make_ro
         ("[" * 100_000, "not JSON"),
         ('{"metadata": {"source": "\\ud800"}}', "not UTF-8"),
         ({"messages": [ASKED, ANSWERED]}, "metadata.source missing"),
+        ({"instruction": "Why?", "output": "Space."}, "messages missing"),  # its shape first: no source would help
         ({"metadata": {"source": "textbook"}}, "messages missing"),
         ({"metadata": {"source": "textbook"}, "messages": []}, "messages missing"),
         ({"metadata": {"source": "textbook"}, "messages": [ASKED]}, "roles out of order"),

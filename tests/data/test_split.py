@@ -99,10 +99,10 @@ def test_rows_without_a_source_are_taken_where_all_sources_are(write_rows, rows,
 @pytest.mark.parametrize("row, found", [
     ({"prompt": "Why?", "completion": "So."}, "the row has prompt, completion; expected {.*messages.*role.*user.*content"),
     ({"text": "Why? So."}, "the row has text; expected {.*messages"),
-    ({"conversations": []}, "the row has conversations; expected {.*messages"),
-    ({"conversations": [{"from": "tool", "value": "x"}]}, r"messages\[0\].role is 'tool', expected one of system, user"),
-    ({"conversations": [{"from": "human"}]}, r"messages\[0\].content is None, expected a string"),
-    ({"conversations": ["hello"]}, r"messages\[0\] is hello"),
+    ({"conversations": []}, r"conversations is \[\]; expected {.*messages"),
+    ({"conversations": [{"from": "tool", "value": "x"}]}, r"conversations\[0\].from is 'tool', expected one of human, gpt"),
+    ({"conversations": [{"from": "human"}]}, r"conversations\[0\].value is None, expected a string"),
+    ({"conversations": ["hello"]}, r"conversations\[0\] is hello"),
     ({"messages": "hello"}, "messages is hello; expected {"),
 ])
 def test_other_shapes_are_told_what_is_expected(write_rows, row, found):
