@@ -25,7 +25,7 @@ MAX_RANKS = 8  # that memory.png shows
 MAX_SOURCES = 8  # of held-out rows that curves.png shows one by one
 KINDS = {"allocated": "memory of tensors on the GPU (as the allocator counts)",
          "resident": "memory of the whole process (resident size, tensors and all else)"}
-PEAKS = {"allocated": "peak of tensors on a GPU, GiB", "resident": "peak of the process (resident), GiB"}
+PEAKS = {"allocated": "peak of tensors on a GPU, GiB", "resident": "peak memory, GiB"}
 COLORS = {"forward": "tab:blue", "loss": "tab:green", "backward": "tab:orange", "update": "tab:purple"}
 
 
@@ -65,7 +65,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, kind: str
 
     figure = Figure(figsize=(12, 6.4))
     panels = list(add_panels(figure, title, 2, 3, sharex=True).flat)
-    loss, held_out, *others = panels
+    loss, held_out, *others, memory = panels
     steps, losses = points("loss")
     loss.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     loss.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
@@ -77,18 +77,21 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, kind: str
         own = [(step, losses[source]) for step, losses in by_source if source in losses]
         held_out.plot(*zip(*own), linewidth=1, label=source)
     held_out.set_title("held-out loss", y=1)
-    for axis, (key, name, color) in zip(others, (
+    is_resident = kind == "resident"
+    if is_resident:
+        memory.plot(*points("tensors_gib"), color="tab:red", label="tensors")
+    for axis, (key, name, color) in zip((*others, memory), (
             ("lr", "learning rate", "tab:green"), ("grad_norm", "gradient norm", "tab:gray"),
             ("tokens_per_s", "tokens/s", "tab:purple"), ("peak_gib", PEAKS[kind], "tab:red"))):
         steps, values = points(key)
-        axis.plot(steps, values, color=color)
+        axis.plot(steps, values, color=color, alpha=0.35 if axis is memory and is_resident else 1, label="process (resident)")
         axis.set_title(name, y=1)
         axis.set_ylim(0, 1.08 * max(values, default=1) or 1)
         axis.ticklabel_format(axis="y", scilimits=(-3, 4))
     for axis in panels:
         axis.grid(alpha=0.3)
         axis.tick_params(labelbottom=True)
-    for axis in (loss, held_out):
+    for axis in [loss, held_out] + [memory] * is_resident:
         axis.legend(fontsize=9)
     replace_picture(figure, path)
 

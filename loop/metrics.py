@@ -142,15 +142,16 @@ class RunLog:
         """Records one optimizer step and its memory. On a terminal the bar shows it, elsewhere a line."""
         peaks = [max((phase["peak_gib"] for phase in by_phase.values()), default=0.0) for by_phase in marks] or [0.0]
         self.steps_s.append(step_s)
+        counted = {"tensors_gib": memory.most_bytes / GIB} if self.memory_kind == "resident" else {}
         self.record({
             "step": batch.step, "epoch": batch.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm, "skipped": skipped,
             "rows": batch.num_rows, "tokens": batch.num_tokens, "supervised_tokens": batch.num_supervised_tokens,
             "microbatches": len(batch.lines_by_slot), "microbatch_length": batch.length,
-            "step_s": step_s, "tokens_per_s": batch.num_tokens / step_s, "peak_gib": max(peaks),
+            "step_s": step_s, "tokens_per_s": batch.num_tokens / step_s, "peak_gib": max(peaks), **counted,
         })
         self.memory(batch.step, marks)
         self.losses.append(loss)
-        tensors = f"tensors {memory.most_bytes / GIB:.3g} GiB, process " if self.memory_kind == "resident" else ""
+        tensors = f"tensors {counted['tensors_gib']:.3g} GiB, process " if counted else ""
         fullest = f" on rank {peaks.index(max(peaks))}" if len(peaks) > 1 else ""
         shown = (f"loss {loss:.4f}{trend(self.losses)}  {batch.num_tokens / step_s:,.0f} tokens/s  "
                  f"{tensors}{max(peaks):.2f} GiB{fullest}")

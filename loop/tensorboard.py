@@ -11,6 +11,7 @@ FOLDER = "tensorboard"  # in the run's directory
 NAMES = {
     "loss": "loss_metrics/global_avg_loss", "grad_norm": "grad_norm", "lr": "lr", "tokens_per_s": "throughput(tps)",
     "step_s": "time_metrics/end_to_end(s)", "peak_gib": "memory/max_active(GiB)", "eval_loss": "validation_metrics/loss",
+    "tensors_gib": "memory/max_active(GiB)",  # on a CPU, in the place of `peak_gib`, which comes before it
 }
 
 

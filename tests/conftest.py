@@ -202,7 +202,7 @@ def metrics(run_dir):
 
 
 def comparable(lines):
-    return [{k: v for k, v in line.items() if k not in ("step_s", "tokens_per_s", "peak_gib")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("step_s", "tokens_per_s", "peak_gib", "tensors_gib")} for line in lines]
 
 
 @pytest.fixture
