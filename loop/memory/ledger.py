@@ -194,10 +194,9 @@ class Ledger(TorchDispatchMode):
             self.forward_sites[sequence - 1] = (self.module(), frames_above(), "")
 
     @contextmanager
-    def pretending(self, module: str, function: Any) -> Iterator[None]:
-        """Gives all allocations in the `with` block this module and the first line of this function."""
-        code = function.__code__
-        self.pretended = (module, ((code, code.co_firstlineno),), "")
+    def pretending(self, module: str, frames: tuple[Frame, ...]) -> Iterator[None]:
+        """Gives all allocations in the `with` block this module and these lines."""
+        self.pretended = (module, frames, "")
         yield
         self.pretended = None
 

@@ -3,18 +3,21 @@ Saves most of a rehearsal's time. `rehearse(all_layers=True)` is the plain refer
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections import Counter
+from typing import Any, Callable, ContextManager
 
 import torch
 from torch import Tensor
 
 from data.batches import StepBatch
-from loop.memory.ledger import Ledger
+from loop.memory.ledger import Allocation, Frame, Ledger
 from loop.memory.phases import Memory
 from model.delta_rule import padded_positions
 from model.matmul import JointMatmul
 from model.stages import Stage, decoder_layer
+
+Frames = tuple[Frame, ...]
+Kept = dict[tuple[str, Frames], int]  # bytes by module, as its name goes on after the layer's, and by lines
 
 
 class Representatives:
@@ -38,8 +41,8 @@ class Representatives:
         self.kind = {number: kind_of_layer(stage, number) for number in numbers}
         self.first = {kind: number for number, kind in reversed(self.kind.items())}
         self.last = {kind: number for number, kind in self.kind.items()}
-        # bytes that a layer keeps beside its input and output, by the layer's kind and the lengths of the rows
-        self.kept: dict[tuple[Any, tuple[int, ...]], int] = {}
+        # what a layer keeps beside its input and output, by the layer's kind and the lengths of the rows
+        self.kept: dict[tuple[Any, tuple[int, ...]], Kept] = {}
 
     def begin(self, batch: StepBatch) -> None:
         """Chooses the microbatches of the next step that are run."""
@@ -48,24 +51,36 @@ class Representatives:
         self.run_microbatches = {padded, num - 1} if self.is_alone else {0, 1, padded, num - 1}
 
     def __call__(self, number: int, x_1TD: Tensor, rotary: Any, segments: Any) -> Tensor:
-        kind, keeps = self.kind[number], number not in self.stage.recomputed
-        parameters = [p for p in self.stage.model.model.layers[number].parameters() if p.requires_grad]
-        has_large_gradients = 4 * sum(p.numel() for p in parameters) > x_1TD.numel() * x_1TD.element_size()
+        kind, keeps, layer = self.kind[number], number not in self.stage.recomputed, f"model.layers.{number}"
+        trained = {name: p for name, p in self.stage.model.model.layers[number].named_parameters() if p.requires_grad}
+        has_large_gradients = 4 * sum(p.numel() for p in trained.values()) > x_1TD.numel() * x_1TD.element_size()
         in_first = self.memory.microbatch == 0 and (has_large_gradients or not self.stage.is_last)
         shows_more = in_first or keeps and (kind, segments.lengths) not in self.kept
         if self.memory.microbatch in self.run_microbatches and (
                 self.last[kind] == number or self.first[kind] == number and shows_more):
-            before = self.ledger.current
+            start = len(self.ledger.allocations)
             y_1TD = self.plain(number, x_1TD, rotary, segments)
-            output_bytes = self.ledger.allocation_of(y_1TD).num_bytes
-            self.kept[kind, segments.lengths] = self.ledger.current - before - output_bytes if keeps else 0
+            made = self.ledger.allocations[start:] if keeps else []
+            self.kept[kind, segments.lengths] = kept_of(made, self.ledger.allocation_of(y_1TD), layer)
             return y_1TD
         # in a microbatch that is not run: as much as this kind keeps of the rows of which it keeps most
-        known = [num_bytes for (of_kind, _), num_bytes in self.kept.items() if of_kind == kind]
-        kept = self.kept.get((kind, segments.lengths), max(known, default=0))
-        named = partial(self.ledger.pretending, f"model.layers.{number}")
-        with named(decoder_layer):
-            return StandIn.apply(x_1TD, parameters[0] if parameters else None, kept, parameters, named)
+        known = [kept for (of_kind, _), kept in self.kept.items() if of_kind == kind]
+        most: Kept = max(known, key=lambda kept: sum(kept.values()), default={})
+
+        def made_by(module: str, frames: Frames) -> ContextManager[None]:
+            return self.ledger.pretending(layer + module, frames)
+
+        return StandIn.apply(x_1TD, next(iter(trained.values()), None), self.kept.get((kind, segments.lengths), most), trained,
+                             made_by)
+
+
+def kept_of(made: list[Allocation], output: Allocation, layer: str) -> Kept:
+    """What is still held of the allocations that a layer made, but for its output."""
+    kept: Counter[tuple[str, Frames]] = Counter()
+    for a in made:
+        if a.died is None and a is not output:
+            kept[a.module.removeprefix(layer) if a.module.startswith(layer) else "", a.frames] += a.num_bytes
+    return dict(kept)
 
 
 def kind_of_layer(stage: Stage, number: int) -> Any:
@@ -80,20 +95,33 @@ def kind_of_layer(stage: Stage, number: int) -> Any:
 class StandIn(torch.autograd.Function):
     """Takes and keeps the memory of a decoder layer, without what the layer needs only while it computes.
 
-    `trained` is one of the parameters: with it as an input, the output needs a gradient even where x_1TD needs none.
+    `parameter` is one of those that are trained: with it as an input, the output needs a gradient even where x_1TD needs none.
+    `made_by` gives allocations the place in the layer and the lines that make them in the layer itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_1TD: Tensor, trained: Tensor | None, kept_bytes: int, parameters: Any, named: Any) -> Tensor:
-        ctx.save_for_backward(x_1TD, torch.empty(kept_bytes, dtype=torch.uint8))
-        ctx.parameters, ctx.named = parameters, named
-        return torch.empty_like(x_1TD)
+    def forward(ctx: Any, x_1TD: Tensor, parameter: Tensor | None, kept: Kept, trained: dict[str, Tensor],
+                made_by: Callable[[str, Frames], ContextManager[None]]) -> Tensor:
+        held = []
+        for place, num_bytes in kept.items():
+            with made_by(*place):
+                held.append(torch.empty(num_bytes, dtype=torch.uint8))
+        ctx.save_for_backward(x_1TD, *held)
+        ctx.trained, ctx.made_by = trained, made_by
+        with made_by("", first_line(decoder_layer)):
+            return torch.empty_like(x_1TD)
 
     @staticmethod
     def backward(ctx: Any, dy_1TD: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.named(JointMatmul.backward):
-            for parameter in ctx.parameters:
-                if parameter.grad is None:
+        line = first_line(JointMatmul.backward)
+        for name, parameter in ctx.trained.items():
+            if parameter.grad is None:
+                with ctx.made_by(f".{name}", line):
                     parameter.grad = torch.zeros_like(parameter)
+        with ctx.made_by("", line):
             dx_1TD = torch.empty_like(dy_1TD) if ctx.needs_input_grad[0] else None
         return dx_1TD, None, None, None, None
+
+
+def first_line(function: Any) -> Frames:
+    return ((function.__code__, function.__code__.co_firstlineno),)

@@ -8,6 +8,7 @@ import torch
 
 from loop.config import load_config
 from loop.distributed.groups import Place
+from loop.memory.peak import by_kind
 from loop.plan.rehearsal import rehearse
 from model.tiny.write import write_tiny
 
@@ -49,6 +50,8 @@ def test_one_layer_of_each_kind_shows_what_all_take(make_step, models, config, k
     plain, short = (
         rehearse(config(*settings), models[kind], place, "cuda", [step], all_layers=whole)[0] for whole in (True, False))
     assert short.num_bytes == pytest.approx(plain.num_bytes, rel=0.005)
+    kinds = [{kind["name"]: kind["num_bytes"] for kind in by_kind(peak.largest)} for peak in (plain, short)]
+    assert kinds[1] == pytest.approx(kinds[0], rel=0.005), "and what for"
 
 
 @pytest.mark.parametrize("base, optimizer", [("nf4", "adamw8bit"), ("int8", "adamw"), ("float32", "adamw8bit")])
