@@ -3,7 +3,6 @@ Saves most of a rehearsal's time. `rehearse(all_layers=True)` is the plain refer
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, Callable, ContextManager
 
 import torch
@@ -17,7 +16,7 @@ from model.matmul import JointMatmul
 from model.stages import Stage, decoder_layer
 
 Frames = tuple[Frame, ...]
-Kept = dict[tuple[str, Frames], int]  # bytes by module, as its name goes on after the layer's, and by lines
+Kept = list[tuple[int, str, Frames]]  # bytes; module, as its name goes on after the layer's; lines
 
 
 class Representatives:
@@ -65,7 +64,7 @@ class Representatives:
             return y_1TD
         # in a microbatch that is not run: as much as this kind keeps of the rows of which it keeps most
         known = [kept for (of_kind, _), kept in self.kept.items() if of_kind == kind]
-        most: Kept = max(known, key=lambda kept: sum(kept.values()), default={})
+        most: Kept = max(known, key=lambda kept: sum(num_bytes for num_bytes, *_ in kept), default=[])
 
         def made_by(module: str, frames: Frames) -> ContextManager[None]:
             return self.ledger.pretending(layer + module, frames)
@@ -76,11 +75,8 @@ class Representatives:
 
 def kept_of(made: list[Allocation], output: Allocation, layer: str) -> Kept:
     """What is still held of the allocations that a layer made, but for its output."""
-    kept: Counter[tuple[str, Frames]] = Counter()
-    for a in made:
-        if a.died is None and a is not output:
-            kept[a.module.removeprefix(layer) if a.module.startswith(layer) else "", a.frames] += a.num_bytes
-    return dict(kept)
+    return [(a.num_bytes, a.module.removeprefix(layer) if a.module.startswith(layer) else "", a.frames)
+            for a in made if a.died is None and a is not output]
 
 
 def kind_of_layer(stage: Stage, number: int) -> Any:
@@ -103,8 +99,8 @@ class StandIn(torch.autograd.Function):
     def forward(ctx: Any, x_1TD: Tensor, parameter: Tensor | None, kept: Kept, trained: dict[str, Tensor],
                 made_by: Callable[[str, Frames], ContextManager[None]]) -> Tensor:
         held = []
-        for place, num_bytes in kept.items():
-            with made_by(*place):
+        for num_bytes, module, frames in kept:
+            with made_by(module, frames):
                 held.append(torch.empty(num_bytes, dtype=torch.uint8))
         ctx.save_for_backward(x_1TD, *held)
         ctx.trained, ctx.made_by = trained, made_by

@@ -52,6 +52,9 @@ def test_one_layer_of_each_kind_shows_what_all_take(make_step, models, config, k
     assert short.num_bytes == pytest.approx(plain.num_bytes, rel=0.005)
     kinds = [{kind["name"]: kind["num_bytes"] for kind in by_kind(peak.largest)} for peak in (plain, short)]
     assert kinds[1] == pytest.approx(kinds[0], rel=0.005), "and what for"
+    lines = [[(line.num_bytes, line.count, line.module, line.line) for line in peak.largest if line.category == "activations"
+              and line.module != "model.layers.*"] for peak in (plain, short)]
+    assert lines[1] == lines[0], "and on which lines; outputs of layers and gradients stand elsewhere"
 
 
 @pytest.mark.parametrize("base, optimizer", [("nf4", "adamw8bit"), ("int8", "adamw"), ("float32", "adamw8bit")])
