@@ -72,10 +72,10 @@ def percentiles(values: np.ndarray) -> dict[str, int]:
 
 
 def histogram(lengths_E: np.ndarray) -> dict[str, Any]:
-    """Bar i counts the examples of at least `width` * i and less than `width` * (i + 1) tokens; at most MAX_BARS bars."""
+    """Bar i counts the examples of more than `width` * i and at most `width` * (i + 1) tokens; at most MAX_BARS bars."""
     widths = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
-    width = next(width for width in widths if lengths_E.max() < width * MAX_BARS)
-    return {"width": width, "examples": np.bincount(lengths_E // width).tolist()}
+    width = next(width for width in widths if lengths_E.max() <= width * MAX_BARS)
+    return {"width": width, "examples": np.bincount((lengths_E - 1) // width).tolist()}
 
 
 def untrainable(rows: TokenizedRows) -> list[dict[str, Any]]:
@@ -86,7 +86,8 @@ def untrainable(rows: TokenizedRows) -> list[dict[str, Any]]:
         with open_rows(rows.path) as file:
             for line, (raw, _) in enumerate(bounded_lines(file), start=1):
                 if line in wanted:
-                    texts[line] = raw[: 4 * MAX_TEXT].decode(errors="replace").rstrip("\n")[:MAX_TEXT]
+                    text = raw[: 4 * MAX_TEXT + 4].decode(errors="replace").rstrip("\r\n")
+                    texts[line] = text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " ... (the rest is not shown)"
     return [asdict(problem) | {"text": texts.get(problem.line, "")} for problem in problems]
 
 

@@ -61,7 +61,7 @@ def refuse(config: DataConfig, split: str, problems: Sequence[Dropped]) -> None:
     """Raises:
         ValueError: the run refuses some of these rows; says where they are, what was found, and what to do.
     """
-    refused = [problem for problem in problems if config.refuses(problem.reason == OVERLONG)]
+    refused = [problem for problem in sorted(problems, key=lambda p: p.line) if config.refuses(problem.reason == OVERLONG)]
     if not refused:
         return
     path = config.file(split)
@@ -178,7 +178,7 @@ def parse_json(raw: bytes, first: bool) -> dict:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRow("not JSON", f"{error.msg} at column {error.colno}") from None
+        raise BadRow("not JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # thousands of digits in a number; a thousand nested brackets
         raise BadRow("not JSON", str(error)) from None
     if not isinstance(record, dict):

@@ -23,7 +23,7 @@ from data.chat import ChatFormat, Example, Rendered
 from data.config import DataConfig
 from data.files import clear_partial
 from data.limits import MAX_RENDERED
-from data.records import OVERLONG, Dropped, Row, open_rows, read_split, refuse
+from data.records import MAX_SHOWN, OVERLONG, Dropped, Row, described, open_rows, read_split, refuse
 
 FORMAT = 4  # increase FORMAT when ids or masks of the same rows change, so that old caches are not read
 ROWS_AT_ONCE = 128
@@ -261,11 +261,14 @@ class FlatExamples:
     def finish(self) -> TokenizedRows:
         refuse(self.config, self.split, self.problems)
         if not self.lines:
-            found = "; ".join(f"{name[:80]}: {c.rows} rows, dropped {c.dropped}"
-                              for name, c in islice(self.counts.items(), MAX_SOURCES_SHOWN))
-            raise ValueError(
-                f"{self.path}: no row is left of the {self.split} rows. data.sources is {self.config.sources}; found {found}"
-            )
+            read = []
+            for name, counts in islice(self.counts.items(), MAX_SOURCES_SHOWN):
+                dropped = (f", {number:,} {reason}" for reason, number in counts.dropped.items())
+                read.append(f"{name[:80]}: {counts.rows:,} read{''.join(dropped)}")
+            sources = "null" if self.config.sources is None else f"[{', '.join(self.config.sources)}]"
+            raise ValueError("\n".join([
+                f"{self.path}: no row is left of the {self.split} rows. data.sources is {sources}. Found {'; '.join(read)}",
+                *(described(self.path, problem) for problem in self.problems[:MAX_SHOWN])]))
         return TokenizedRows(
             self.path,
             torch.frombuffer(self.ids, dtype=torch.int32),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NICENESS = 10
 MAX_RANKS = 8  # that memory.png shows
+SMOOTHED_FROM = 20  # steps; the mean of fewer is that of each
 MAX_SOURCES = 8  # of held-out rows that curves.png shows one by one
 KINDS = {"allocated": "memory of tensors on the GPU (as the allocator counts)",
          "resident": "memory of the whole process (resident size, tensors and all else)"}
@@ -67,8 +68,10 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, kind: str
     panels = list(add_panels(figure, title, 2, 3, sharex=True).flat)
     loss, held_out, *others, memory = panels
     steps, losses = points("loss")
-    loss.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
-    loss.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
+    is_smoothed = len(losses) >= SMOOTHED_FROM
+    loss.plot(steps, losses, color="tab:blue", alpha=0.3 if is_smoothed else 1, linewidth=1, label="each step")
+    if is_smoothed:
+        loss.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
     loss.set_title("training loss per supervised token", y=1)
     held_out.plot(*points("eval_loss"), color="black", marker="o", markersize=4, label="all")
     by_source = [(record["step"], record["eval_loss_by_source"]) for record in records if "eval_loss_by_source" in record]
@@ -90,6 +93,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, kind: str
         axis.ticklabel_format(axis="y", scilimits=(-3, 4))
     for axis in panels:
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelbottom=True)
     for axis in [loss, held_out] + [memory] * is_resident:
         axis.legend(fontsize=9)
@@ -170,8 +174,8 @@ def draw_rank(axis: Any, records: list[dict[str, Any]], planned_gib: list[float]
         if points:
             axis.plot(*zip(*points), label=label, **{"marker": "." if len(points) <= 40 else None, **style})
         for point in points if not label else ():
-            axis.annotate(phase, point, (6, 0), textcoords="offset points", va="center", fontsize=8,
-                          bbox={"color": "white", "pad": 1, "alpha": 0.85})
+            axis.annotate(phase, point, (6, {"built": -5, "loaded": 5}[phase]), textcoords="offset points", va="center",
+                          fontsize=8, bbox={"color": "white", "pad": 1, "alpha": 0.85})
     for gib in planned_gib:
         axis.axhline(gib, color="tab:red", linestyle=":", label="planned peak")
     axis.grid(alpha=0.3)

@@ -72,7 +72,7 @@ def problems_of(config: Config, split: str, problems: list[Dropped]) -> str:
     """The first rows of a split that cannot be trained on, a line each, and what becomes of them."""
     if not problems:
         return ""
-    lines = [described(config.data.file(split), problem) for problem in problems[:MAX_SHOWN]]
+    lines = [described(config.data.file(split), problem) for problem in sorted(problems, key=lambda p: p.line)[:MAX_SHOWN]]
     if len(problems) > MAX_SHOWN:
         lines.append(f"and {len(problems) - MAX_SHOWN:,} more: --json lists all")
     return "\n".join(["", f"{len(problems):,} {split} row(s) cannot be trained on, {fate(config, problems)}:", *lines, ""])
@@ -97,18 +97,23 @@ def in_words(filled: dict[str, Any]) -> str:
     """What `microbatches` found, in a sentence."""
     if "problem" in filled:
         return filled["problem"]
-    numbers, steps = filled["microbatches_per_step"], f"an epoch's {filled['steps_per_epoch']:,} steps"
-    if filled["steps"] < filled["steps_per_epoch"]:
+    numbers, num_steps = filled["microbatches_per_step"], filled["steps_per_epoch"]
+    least, most = f"{numbers['least']:,}", f"{numbers['most']:,}"
+    spread = most if least == most else f"{least} to {most}, on average {numbers['mean']:.3g},"
+    steps = f"an epoch's {num_steps:,} step{'s' * (num_steps != 1)}"
+    if filled["steps"] < num_steps:
         steps = f"the first {filled['steps']:,} of {steps}"
-    return (f"{filled['tokens_share']:.1%} of the positions in microbatches hold tokens, the rest is padding; on one device "
-            f"{numbers['mean']:.3g} microbatches a step ({numbers['least']:,} to {numbers['most']:,}), over {steps}")
+    return (f"{filled['tokens_share']:.1%} of the positions in microbatches hold tokens, the rest is padding; {spread} "
+            f"microbatch{'es' * (most != '1')} a step on one device, over {steps}")
 
 
 def page(config: Config, report: dict[str, Any], splits: dict[str, TokenizedRows], shown: list[int], tokenizer: Any) -> str:
     """The audit and the `shown` training examples as one self-contained HTML page."""
-    rows = splits["train"]
+    rows, data = splits["train"], config.data
+    held_out = f"{data.eval} of its rows held out" if data.held_out is not None else f"held-out rows: {data.eval}"
     return document("What will be trained on", PAGE.read_text(encoding="utf-8"), {
-        "report": report, "fullness": in_words(report["microbatches"]),
+        "of": f"{data.train}; {held_out}; data.think={data.think}; tokens as {config.model.path} reads them", "report": report,
+        "examples": len(rows), "fullness": in_words(report["microbatches"]),
         "files": {split: config.data.file(split) for split in splits},
         "fate": fate(config, [problem for split in splits.values() for problem in split.problems]),
         "limits": {"data.max_tokens": config.data.max_tokens, "train.microbatch_tokens": config.train.microbatch_tokens},

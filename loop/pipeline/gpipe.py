@@ -98,7 +98,8 @@ class Pipeline(nn.Module):
             self.computes()
             self.ranks.wait_for_device()  # costs nothing, since the losses are read next
             self.ranks.watch.done()
-        return [loss for _, loss in sorted(self.losses.items())]
+        losses, self.losses = self.losses, {}
+        return [loss for _, loss in sorted(losses.items())]
 
     def schedule_for(self, length: int, num_microbatches: int, train: bool) -> Any:
         """A schedule for this shape, since its stage's buffers fix T and M. Only the newest schedule is kept."""

@@ -22,6 +22,7 @@ from data.files import write_text
 from loop.errors import run_command
 
 # S stages, M microbatches; of each: forward and backward (2), their start and stop (2)
+NUMBERED = 0.015  # of the picture's width: the least that a box with a number takes
 
 
 @dataclass
@@ -110,10 +111,11 @@ def draw(path: Path, out: Path) -> None:
         label = "_" if stage or microbatch else ("forward", "backward")[direction]  # "_": not in the legend
         axis.barh(stage, stop - start, left=start, color=("#1f5fa8", "#b4560f")[direction], edgecolor="white", height=0.9,
                   label=label)
-        axis.text((start + stop) / 2, stage, str(microbatch), ha="center", va="center", fontsize=7, color="white")
+        if stop - start > NUMBERED * times_SM22.max():
+            axis.text((start + stop) / 2, stage, str(microbatch), ha="center", va="center", fontsize=7, color="white")
     labels = [f"stage {s}\n{100 * i / (b + i):.0f} % idle" for s, (b, i) in enumerate(zip(busy, idle))]
-    title = (f"step {timeline['step']}, {timeline['schedule']}, each box a microbatch by its number; "
-             f"idle by the schedule alone: {(num_stages - 1) / (num_microbatches + num_stages - 1):.0%}")
+    title = (f"{path.parent.name}, step {timeline['step']}, {timeline['schedule']}: when each stage was busy, a box for each "
+             f"microbatch; idle by the schedule alone: {100 * (num_stages - 1) / (num_microbatches + num_stages - 1):.0f} %")
     axis.set(ylim=(num_stages - 0.5, -0.5), xlim=(0, times_SM22.max().item()), xlabel="seconds", title=title,
              yticks=range(num_stages), yticklabels=labels)
     figure.legend(loc="outside right upper", frameon=False)
@@ -121,7 +123,8 @@ def draw(path: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m loop.pipeline.timeline", description="Draws the last step's schedule.")
+    parser = argparse.ArgumentParser(prog="python -m loop.pipeline.timeline", description="Draws when each stage was busy "
+                                     "in the step before the last evaluation.")
     parser.add_argument("run_dir", type=Path, help="such as checkpoints/chess-tutor-35b")
     run_dir = parser.parse_args().run_dir
     draw(run_dir / "timeline.json", run_dir / "timeline.png")

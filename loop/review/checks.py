@@ -77,9 +77,12 @@ def empty(comment: Comment) -> Iterator[Flag]:
 
 
 def stray_tags(comment: Comment) -> Iterator[Flag]:
-    """Think tags and control tokens in the answer."""
-    for match in STRAY.finditer(comment.text):
-        yield comment.flag("stray_tags", *match.span(), "a tag or control token in the answer")
+    """Think tags and control tokens in the answer, each once."""
+    matches = {match[0]: match for match in STRAY.finditer(comment.text)}
+    for text, match in matches.items():
+        why = "a character that was cut" if text == "\ufffd" else "a tag or control token in the answer"
+        times = comment.text.count(text)
+        yield comment.flag("stray_tags", *match.span(), why + (f", {times} times" if times > 1 else ""))
 
 
 def cut_off(comment: Comment) -> Iterator[Flag]:

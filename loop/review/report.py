@@ -20,7 +20,7 @@ CSS = Path(__file__).parent / "page" / "page.css"
 
 def write_report(review: Review, votes: Votes, verdict: dict[str, Any]) -> Path:
     standing = votes.standing
-    title = f"Review of {review.directory.parent}"
+    title = f"Review of {' and '.join(str(Path(checkpoint).parent) for checkpoint in review.described['checkpoints'])}"
     comparisons = [[CALLED[one["first"]], CALLED[one["second"]], one["won"], one["lost"], one["even"], interval(one),
                     f"{one['p']:.2g}"] for one in verdict["comparisons"]]
     checks = [[CALLED[system], interval(one),
@@ -33,7 +33,7 @@ def write_report(review: Review, votes: Votes, verdict: dict[str, Any]) -> Path:
         f"<style>\n{CSS.read_text(encoding='utf-8')}</style>",
         f"<h1>{escape(title)}</h1><p>{escape(verdict['reviewer'])}, {escape(verdict['date'])}</p>",
         f'<p class="decided">{escape(decided)}</p>', items(reasons),
-        table("Systems", ["", "is"], [[CALLED[system], name] for system, name in verdict["systems"].items()]),
+        table("Systems", ["system", "is"], [[CALLED[system], name] for system, name in verdict["systems"].items()]),
         table("Votes", ["system", "against", "better", "worse", "even", "share of those decided", "p, one-sided"], comparisons),
         table("Automatic checks", ["system", "comments with wrong facts", "comments flagged, by check"], checks),
         *(table(name, ["", "positions", "tuned better", "worse", "even", "comments with wrong facts"],
@@ -50,7 +50,7 @@ def write_report(review: Review, votes: Votes, verdict: dict[str, Any]) -> Path:
 
 
 def interval(one: dict[str, Any]) -> str:
-    return f"{one['share']:.0%} (95 %: {one['low']:.0%} to {one['high']:.0%})"
+    return f"{one['share']:.0%} (95% interval: {one['low']:.0%} to {one['high']:.0%})"
 
 
 def items(lines: Iterable[str]) -> str:
@@ -58,8 +58,10 @@ def items(lines: Iterable[str]) -> str:
 
 
 def table(title: str, heads: list[str], rows: list[list[Any]]) -> str:
+    kinds = [' class="n"' if isinstance(cell, int) else "" for cell in (rows or [heads])[0]]
+
     def line(tag: str, cells: list[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{kind}>{escape(str(cell))}</{tag}>" for cell, kind in zip(cells, kinds)) + "</tr>"
 
     body = line("th", heads) + "".join(line("td", row) for row in rows)
     return f'<h2>{title}</h2><div class="wide"><table>{body}</table></div>'
@@ -76,7 +78,7 @@ def position(review: Review, pair: Pair, vote: Vote | None) -> str:
         tags = ", ".join(vote["tags"].get(letter, [])) if vote else ""
         cards.append(f'<article class="{"best" if place == "best" else ""}"><p><strong>{letter}, {escape(review.names[system])}'
                      f'</strong> {escape(" · ".join(filter(None, (place, tags))))}</p><div class="text" dir="auto">'
-                     f'{escape(pair.comments[system]["text"])}</div>'
+                     f'{escape(pair.comments[system]["text"].strip() or "(no words)")}</div>'
                      + items(f"{flag.check.replace('_', ' ')}: “{flag.quote}” ({flag.why})" for flag in pair.flags[system])
                      + "</article>")
     best = vote["best"] if vote else ""

@@ -66,8 +66,9 @@ def broken(review: Review, verdict: dict[str, Any], judged: dict[str, Any]) -> l
     problems = [f"{name}: " + (GONE if now.get(name, GONE) == GONE else "is new" if name not in sealed else "was changed")
                 for name in sorted(sealed.keys() | now.keys()) if sealed.get(name) != now.get(name)]
     judged = json.loads(json.dumps(judged))
-    problems += [f"{review.directory / 'verdict.json'}: {key} is {str(verdict.get(key))[:80]}, computed again {str(value)[:80]}"
-                 for key, value in judged.items() if verdict.get(key) != value]
+    problems += [f"{review.directory / 'verdict.json'}: {key} is " + (
+        "not what the votes give now" if isinstance(value, (list, dict)) else f"{verdict.get(key)}, computed again {value}")
+        for key, value in judged.items() if verdict.get(key) != value]
     return problems
 
 

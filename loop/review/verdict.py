@@ -135,9 +135,10 @@ def as_lines(verdict: dict[str, Any]) -> list[str]:
         lines.append(f"votes with neither tuned nor untuned as best or second best: {verdict['unsaid']}. They count as even.")
     for one in verdict["comparisons"]:
         lines.append(f"{CALLED[one['first']]} against {CALLED[one['second']]}: {one['won']} better, {one['lost']} worse, "
-                     f"{one['even']} even; {one['share']:.0%} of those decided (95 %: {one['low']:.0%} to {one['high']:.0%})")
+                     f"{one['even']} even; {one['share']:.0%} of those decided (95% interval: {one['low']:.0%} to "
+                     f"{one['high']:.0%})")
     lines += [f"wrong facts of {CALLED[system]}: {one['wrong']} of {one['comments']} comments "
-              f"(95 %: {one['low']:.0%} to {one['high']:.0%})" for system, one in verdict["checks"].items()]
+              f"(95% interval: {one['low']:.0%} to {one['high']:.0%})" for system, one in verdict["checks"].items()]
     if verdict["looks"]:
         lines.append(f"looks at the verdict before, after other numbers of votes: {verdict['looks']}. The sign test's level is "
                      "that of one look.")

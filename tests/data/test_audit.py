@@ -18,12 +18,13 @@ def rows_of(lengths):
 
 
 def test_a_histogram_counts_every_example_in_bars_of_a_round_width():
-    assert histogram(np.array([1, 1, 3])) == {"width": 1, "examples": [0, 2, 0, 1]}
-    assert histogram(np.array([39])) == {"width": 1, "examples": [0] * 39 + [1]}
-    assert histogram(np.array([0, 99, 100, 4001])) | {"examples": 0} == {"width": 200, "examples": 0}
+    assert histogram(np.array([1, 1, 3])) == {"width": 1, "examples": [2, 0, 1]}
+    assert histogram(np.array([40])) == {"width": 1, "examples": [0] * 39 + [1]}
+    assert histogram(np.array([1, 100, 101, 4000])) == {"width": 100, "examples": [2, 1] + [0] * 37 + [1]}
+    assert histogram(np.array([4001]))["width"] == 200
     for longest in (40, 100, 1730, 8192, 262_144):
-        found = histogram(np.arange(longest + 1))
-        assert sum(found["examples"]) == longest + 1 and len(found["examples"]) <= MAX_BARS
+        found = histogram(np.arange(1, longest + 1))
+        assert sum(found["examples"]) == longest and len(found["examples"]) <= MAX_BARS
         assert set(found["examples"][:-1]) == {found["width"]}
 
 
@@ -51,4 +52,5 @@ def test_a_broken_row_is_shown_as_it_stands_in_its_file(tiny_tokenizers, write_r
     config = DataConfig(train=path, eval=path, sources=None, max_tokens=100, bad_rows="skip", overlong="drop")
     found = {row["line"]: row for row in untrainable(tokenize("train", tiny_tokenizers["qwen3"], config))}
     assert list(found) == [1, 4, 5] and found[1]["text"] == "{ <b>" and found[4]["reason"] == "over max_tokens"
-    assert len(found[4]["text"]) == MAX_TEXT and found[4]["text"].startswith('{"messages"')
+    shown, mark = found[4]["text"][:MAX_TEXT], found[4]["text"][MAX_TEXT:]
+    assert shown.startswith('{"messages"') and len(shown) == MAX_TEXT and mark == " ... (the rest is not shown)"

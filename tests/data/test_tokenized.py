@@ -96,7 +96,7 @@ def test_truncation_keeps_what_fits_and_never_leaves_a_row_without_targets(token
 
 def test_no_row_left_says_what_was_found(tokenizer, write_rows, make_row):
     path = write_rows([make_row("a", "b", source="forum")])
-    with pytest.raises(ValueError, match="no row is left.*forum: 1 rows"):
+    with pytest.raises(ValueError, match="no row is left.*sources is .textbook.*forum: 1 read, 1 source not in"):
         tokenize("train", tokenizer, config(path))
 
 

@@ -57,6 +57,7 @@ async function open(id) {
   $("comments").replaceChildren(...pair.comments.map(card));
   $("note").value = draft.note;
   $("main").hidden = false;
+  $("conclusion").hidden = true;
   show("");
   update();
   scrollTo(0, 0);
@@ -70,6 +71,7 @@ function card({letter, parts}) {
     named.onclick = () => show(shown, named);
     return named;
   }));
+  if (!text.textContent.trim()) text.append(make("span", {className: "soft"}, "(no words)"));
   text.setAttribute("role", "group");
   text.setAttribute("aria-label", `comment ${letter}`);
   const chips = tags.map((tag, index) => {
@@ -106,7 +108,7 @@ function update() {
     node.querySelector(".place").textContent = best ? "best" : second ? "second best" : "";
     const choose = node.querySelector(".choose");
     choose.setAttribute("aria-pressed", best || second);
-    choose.setAttribute("aria-label", `comment ${letter} is best`);
+    choose.setAttribute("aria-label", `comment ${letter} is ${second ? "second best" : "best"}`);
     choose.disabled = voted;
     for (const chip of node.querySelectorAll("[data-tag]")) {
       chip.setAttribute("aria-pressed", (draft.tags[letter] || []).includes(chip.dataset.tag));
@@ -187,6 +189,7 @@ async function save() {
     sessionStorage.removeItem(pair.id);
     draft = {...newDraft(), ...pair.vote};
     $("comments").replaceChildren(...pair.comments.map(card));
+    $("conclusion").hidden = true;  // of fewer votes
     update();
     if ($("answers").getBoundingClientRect().top < 0) $("answers").scrollIntoView();  // what was what, from the first comment
     const voted = await list();

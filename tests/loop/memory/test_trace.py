@@ -315,6 +315,8 @@ def test_the_page_begins_with_what_is_left_and_shows_moments_by_keyboard(open_fi
     assert page.is_hidden("#tip")
     page.focus("#plot")
     page.keyboard.press("ArrowLeft")
+    assert "10.5 MiB, forward of microbatch 0" in page.inner_text("#tip"), "the peak"
+    page.keyboard.press("ArrowLeft")
     assert "10.0 MiB, forward of microbatch 0" in page.inner_text("#tip"), "the moment before the peak"
     page.keyboard.press("ArrowRight")
     assert "10.5 MiB, forward of microbatch 0" in page.inner_text("#tip")
