@@ -102,8 +102,8 @@ def judgement(review: Review, votes: Votes) -> dict[str, Any]:
         {"rule": f"tuned better than untuned where one is better, exact one-sided sign test, p at most {rules.significance:g}",
          "found": f"{against_base['won']} better, {against_base['lost']} worse, {against_base['even']} even, "
                   f"p = {against_base['p']:.2g}", "holds": against_base["p"] <= rules.significance},
-        {"rule": f"wrong facts found by checks in at most {most:.0%} of the comments, the references' share plus "
-                 f"{rules.more_wrong:.0%}", "found": f"{checks['tuned']['share']:.0%}",
+        {"rule": f"the checks find wrong facts in at most {most:.0%} of the tuned model's comments (the references' share plus "
+                 f"{rules.more_wrong:.0%})", "found": f"in {checks['tuned']['share']:.0%}",
          "holds": checks["tuned"]["share"] <= most + 1e-9},
     ]
     tags = {system: dict.fromkeys(TAGS, 0) for system in systems}
