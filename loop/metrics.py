@@ -57,12 +57,13 @@ class RunLog:
         device: this rank's.
         enabled: False on every rank but 0.
         log_to: where else the numbers of metrics.jsonl are shown.
+        stage: this rank's, in the first replica; what another stage than 0 piles up is printed by its own rank.
     """
 
     def __init__(
-        self, run_dir: Path, log_path: str, device: torch.device, enabled: bool, log_to: str | None = None
+        self, run_dir: Path, log_path: str, device: torch.device, enabled: bool, log_to: str | None = None, stage: int = 0
     ) -> None:
-        self.run_dir, self.enabled, self.log_to = run_dir, enabled, log_to
+        self.run_dir, self.enabled, self.log_to, self.stage = run_dir, enabled, log_to, stage
         self.board: TensorBoard | None = None
         self.bar: tqdm | None = None
         self.files: dict[str, LineFile] = {}  # by name; open from `start` on
@@ -159,6 +160,8 @@ class RunLog:
         self.say(f"step {batch.step}/{total}  {shown}  {duration(seconds_left)} left", on_bar=True)
         if news := memory.growth.news():
             self.say(news)
+            if self.stage:
+                print(f"stage {self.stage}: {news}", flush=True)
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
             with suppress(OSError):  # the terminal was closed

@@ -47,7 +47,8 @@ def start(config: Config, num_stages: int = 1) -> tuple[Ranks, Path, RunLog]:
     ranks = Ranks.from_launcher(deterministic=config.train.deterministic, num_stages=num_stages)
     model_dir = model_directory(config.model.path, quiet=ranks.local_rank != 0)
     ranks.connect(config.distributed.timeout_s, config)
-    return ranks, model_dir, RunLog(config.run_dir, config.log, ranks.device, ranks.is_main, config.log_to)
+    stage = 0 if ranks.replica else ranks.stage
+    return ranks, model_dir, RunLog(config.run_dir, config.log, ranks.device, ranks.is_main, config.log_to, stage)
 
 
 def prepare_directory(config: Config, say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from loop.memory.holders import explained
 from loop.memory.ledger import LASTING, Allocation, Ledger
 from loop.memory.peak import KEPT, Line, grouped, origin, sum_bytes
 
+BETWEEN = ("", "communicate")  # what is no microbatch's own phase; what is made there counts to the one before
 LEAST_BYTES = 2**18  # a microbatch; losses, counts and other numbers that are kept on purpose take less
 
 
@@ -95,20 +96,21 @@ def piled_up(ledger: Ledger) -> list[Line]:
     """What every microbatch had left when the last one ended, by line of the source, the largest first.
 
     For each line the microbatch counts that left least. So what is made once does not count, nor what only the last
-    microbatch still holds.
+    microbatch still holds. What is made after a microbatch's phases, the last one has not made yet.
 
     Returns:
         Lines with the bytes and the number of allocations of one microbatch; none with fewer than two microbatches.
     """
-    num_microbatches = len({phase.microbatch for phase in ledger.phases} - {None})
+    microbatches = microbatches_of(ledger)
+    num_microbatches = len(set(microbatches) - {None})
     found = []
-    for (category, module, line), members in grouped(left_behind(ledger), origin):
+    for (category, module, line, phase), members in grouped(
+            left_behind(ledger), lambda a: (*origin(a), ledger.phases[a.phase].name)):
         by_microbatch: defaultdict[int | None, list[Allocation]] = defaultdict(list)
         for a in members:
-            by_microbatch[ledger.phases[a.phase].microbatch].append(a)
-        if len(by_microbatch) == num_microbatches > 1:
-            least = min(by_microbatch.values(), key=sum_bytes)
-            phase = ledger.phases[least[0].phase].name
+            by_microbatch[microbatches[a.phase]].append(a)
+        least = min(by_microbatch.values(), key=sum_bytes)
+        if len(by_microbatch) >= max(2, num_microbatches - (phase in BETWEEN)):
             category = category or KEPT.get(phase, "working")  # `classify` has not been called yet
             found.append((Line(sum_bytes(least), len(least), category, module, line, phase), members))
     found.sort(key=lambda item: -item[0].num_bytes)
@@ -124,7 +126,16 @@ def piled_up(ledger: Ledger) -> list[Line]:
 def left_behind(ledger: Ledger) -> list[Allocation]:
     """What the microbatches had made and not freed when the last one ended; in a pipeline when its schedule ended, since
     messages of all microbatches may be under way until then."""
+    microbatches = microbatches_of(ledger)
     last = max((number for number, phase in enumerate(ledger.phases) if phase.microbatch is not None), default=0)
     end = next((phase.started for phase in ledger.phases[last + 1 :] if phase.name != "communicate"), ledger.clock)
-    return [a for a in ledger.allocations if ledger.phases[a.phase].microbatch is not None and a.category not in LASTING
+    return [a for a in ledger.allocations if microbatches[a.phase] is not None and a.category not in LASTING
             and a.born <= end and (a.died is None or a.died > end)]
+
+
+def microbatches_of(ledger: Ledger) -> list[int | None]:
+    """The microbatch that each phase counts to."""
+    found: list[int | None] = []
+    for phase in ledger.phases:
+        found.append(phase.microbatch if phase.name not in BETWEEN or not found else found[-1])
+    return found

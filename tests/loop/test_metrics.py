@@ -15,6 +15,8 @@ import torch
 
 from loop import checkpoint
 from loop.line_file import LineFile, read_metrics
+from loop.memory.growth import Growth
+from loop.memory.phases import Memory
 from loop.metrics import RunLog, duration, trend
 from tests.processes import Run
 
@@ -153,6 +155,17 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     log.say("hello")
     log.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_later_stage_says_itself_what_it_piles_up(tmp_path, capsys, make_step):
+    memory = Memory(CPU)
+    memory.growth.found, memory.growth.is_over = Growth(2, 2**20), True
+    said = "memory grows by 1.0 MiB with every microbatch of step 2 (docs/debugging-memory.md)"
+    for stage, expected in ((0, ""), (1, f"stage 1: {said}\n")):
+        memory.growth.is_said = False
+        log = RunLog(tmp_path, "", CPU, enabled=False, stage=stage)
+        log.step(make_step([(8,)]), 5, loss=1.0, lr=0.1, grad_norm=1.0, skipped=False, step_s=1.0, memory=memory, marks=[])
+        assert capsys.readouterr().out == expected
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

@@ -63,6 +63,8 @@ def forward_backward(stage, memory, batch, edit):
         if edit != "late":
             with memory.during("backward", number):
                 loss.backward(retain_graph=edit == "retained")
+        if edit == "between":
+            kept += [torch.ones(MIB, dtype=torch.uint8)]
         losses.append(loss if edit in ("undetached", "retained", "late") else loss.detach())
     if edit == "late":
         torch.stack(losses).sum().backward()
@@ -90,6 +92,12 @@ def test_a_mebibyte_a_microbatch_is_found_with_its_line_and_said_once(take_steps
     assert said == ["", "memory grows by 1.0 MiB with every microbatch of step 1, 100 % of it made at " + line + "; held in a "
                     "list, held by a local variable or a graph (docs/debugging-memory.md)"]
     assert memory.growth.found.num_bytes == MIB + 4 and memory.growth.news() == ""
+
+
+def test_what_is_made_between_two_microbatches_is_found_as_well(take_steps):
+    memory, said = take_steps("between")
+    assert said[0] == "" and "grows by 1.0 MiB" in said[1] and line_of("torch.ones") in said[1]
+    assert "held by a local variable" in said[1]
 
 
 @pytest.mark.parametrize("edit", ["retained", "late"])
