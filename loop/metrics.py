@@ -161,7 +161,8 @@ class RunLog:
         if news := memory.growth.news():
             self.say(news)
             if self.stage:
-                print(f"stage {self.stage}: {news}", flush=True)
+                with suppress(OSError):  # nobody reads
+                    print(f"stage {self.stage}: {news}", flush=True)
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
             with suppress(OSError):  # the terminal was closed
