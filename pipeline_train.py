@@ -54,7 +54,7 @@ def main() -> None:
     with reporting(config, batches, held_out, ranks, memory, plan):
         state = load_state(config, model_dir, earlier, chat, ranks, memory, log.say)
         resume(config, state, ranks, log.say)
-        log.say(headline(batches, state, ranks))
+        log.say(headline(batches, held_out, state, ranks))
         forward_backward, forward_only = passes(state.stage, ranks, config.pipeline.schedule, log, memory)
         fit(config, state, batches, held_out, forward_backward, forward_only, ranks, log, memory)
     finish(config, plan, memory, log, ranks)

@@ -43,7 +43,7 @@ def main() -> None:
     with reporting(config, batches, held_out, ranks, memory, plan):
         state = load_state(config, model_dir, earlier, chat, ranks, memory, log.say)
         resume(config, state, ranks, log.say)
-        log.say(headline(batches, state, ranks))
+        log.say(headline(batches, held_out, state, ranks))
         fit(
             config, state, batches, held_out,
             partial(accumulate.forward_backward, state.stage, memory), partial(accumulate.forward_only, state.stage, memory),

@@ -69,7 +69,7 @@ def refuse(config: DataConfig, split: str, problems: Sequence[Dropped]) -> None:
     if len(refused) > MAX_SHOWN:
         lines.append(f"and {len(refused) - MAX_SHOWN:,} more: `python -m loop.inspect` with the same configuration lists all")
     remedies = {True: "Raise data.max_tokens, or choose data.overlong=drop or data.overlong=truncate",
-                False: "Mend the row, or leave such rows out with data.bad_rows=skip"}
+                False: "Mend what is wrong, or leave such rows out with data.bad_rows=skip"}
     what_to_do = [remedies[is_overlong] for is_overlong in dict.fromkeys(row.reason == OVERLONG for row in refused)]
     if len(refused) == 1:
         raise ValueError(f"{lines[0]}. {what_to_do[0]}")

@@ -192,7 +192,8 @@ class RunLog:
             self.open(SAMPLES_FILE, 0, evaluated=True)
         self.append(SAMPLES_FILE, records)
         shown = records[0]
-        self.say(f"step {shown['step']}  answer to held-out line {shown['line']}: {' '.join(shown['answer'].split())}")
+        answer = " ".join(shown["answer"].split()) or "(no words)"
+        self.say(f"step {shown['step']}  answer to held-out line {shown['line']}: {answer}")
 
     def draw_pictures(self) -> None:
         """Has curves.png and memory.png drawn by a process beside this one: a thread would keep Python from the loop."""

@@ -270,12 +270,14 @@ def for_samples(config: Config, chat: ChatFormat | None, ranks: Ranks, say: Call
     return chat if config.eval.samples else None
 
 
-def headline(batches: Batches, state: State, ranks: Ranks) -> str:
+def headline(batches: Batches, held_out: Batches, state: State, ranks: Ranks) -> str:
     """The size of the run, in one line."""
+    left_out = sum(counts.rows - counts.kept for counts in batches.rows.counts.values())
+    without = f" ({left_out:,} left out: loop.inspect says why)" if left_out else ""
     num_trained = sum(parameter.numel() for parameter in state.adapters.values())
     of_stage = f" in stage 0 of {ranks.num_stages}" if ranks.num_stages > 1 else ""
-    return (f"{batches.num_rows:,} rows, {batches.steps_per_epoch:,} steps an epoch, {num_trained:,} trained "
-            f"parameters{of_stage}, {ranks.world_size} rank(s) on {ranks.device.type}")
+    return (f"{batches.num_rows:,} rows{without}, {held_out.num_rows:,} held out, {batches.steps_per_epoch:,} steps an epoch, "
+            f"{num_trained:,} trained parameters{of_stage}, {ranks.world_size} rank(s) on {ranks.device.type}")
 
 
 def finish(config: Config, plan: Plan, memory: Memory, log: RunLog, ranks: Ranks) -> None:

@@ -257,7 +257,17 @@ def errors_begin_with(where: str | Path) -> Iterator[None]:
     try:
         yield
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{shortened(str(where))}: {one_line(error)}") from None
+        name = str(where).partition("=")[0]  # of an override
+        said = one_line(error).removesuffix(f"; key: {name}")
+        elsewhere = sections_with(name.rpartition(".")[2]) if "not in" in said and "Did you mean" not in said else []
+        meant = f". Did you mean: {' or '.join(elsewhere)}?" if elsewhere else ""
+        raise ValueError(f"{shortened(str(where))}: {said}{meant}") from None
+
+
+def sections_with(key: str) -> list[str]:
+    """The settings of any section that have this name."""
+    sections = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    return [f"{name}.{key}" for name, kind in sections.items() if key in {field.name for field in dataclasses.fields(kind)}]
 
 
 def one_line(error: Exception) -> str:

@@ -34,6 +34,7 @@ def test_overrides_take_the_type_of_their_field():
     "override, words",
     [
         ("lora.rnk=4", ["lora.rnk=4", "Did you mean: 'rank'"]),
+        ("seed=3", ["seed=3: Key 'seed'", "Did you mean: train.seed?"]),
         ("lora.rank=four", ["lora.rank", "four"]),
         ("lora.rank=0", ["lora.rank is 0", "at least 1"]),
         ("train=5", ["train"]),
